@@ -1,0 +1,97 @@
+/**
+ * The complete interface between step3c and a target. The in-tree targets use nothing more; a vendor's package exports a Backend as its
+ * default export and is named on the command line (`--ffn ./my-chip` or `--ffn my-chip-package`). backends/null is the one to copy.
+ */
+
+import type { Dim, DimSymbol } from "../ir/dim.ts";
+import type { Graph, Op } from "../ir/graph.ts";
+import type { DType, KvType, TensorType } from "../ir/type.ts";
+
+export interface Backend {
+  readonly name: string;
+  readonly api: 1;
+  /** runtime device driver: runtime/devices/NAME; a plugin ships its own under `device()` */
+  readonly device: string;
+  /** architectures, the default first (`--attention cuda:sm_90a`) */
+  readonly arches: readonly string[];
+  /** dtypes its kernels can read and write; a policy that needs another is refused at compile */
+  readonly dtypes: readonly DType[];
+  /** tried in order; the first match is used */
+  readonly kernels: readonly KernelTemplate[];
+  /** page geometry of a KV cache, when this target runs attention */
+  kv?(type: KvType): KvLayout;
+  /** the files of the program of one side, paths relative to programs/ROLE: sources and a CMakeLists.txt that builds the target `program` */
+  assemble(program: ProgramSource): ReadonlyMap<string, string>;
+}
+
+export interface KernelTemplate {
+  readonly name: string;
+  /** everything computed: sizes, layouts, names; undefined when this template does not do the op (then `why` may say so) */
+  match(op: Op, target: Target): KernelPlan | undefined;
+  /** text from a plan's context; places, computes nothing. Equal text is the same kernel. `name` is the symbol to define. */
+  render(context: KernelContext, name: string): string;
+}
+
+export interface Target {
+  readonly arch: string;
+  /** maxima of the graph's symbols */
+  readonly symbols: readonly DimSymbol[];
+  readonly kv?: KvLayout;
+  /** why the last template declined, for `--explain` and the error that lists what a target lacks */
+  decline(why: string): undefined;
+}
+
+/** Values for a template; templates see nothing else. Plain data, no functions. */
+export type KernelContext = { readonly [key: string]: ContextValue };
+export type ContextValue = string | number | boolean | readonly ContextValue[] | KernelContext;
+
+export interface KernelPlan {
+  readonly context: KernelContext;
+  /** bytes of scratch for the largest launch, shared by nothing else while the kernel runs */
+  readonly scratch: number;
+  /** how to store each input that is a weight, by input index; absent: row-major, 64-byte aligned */
+  readonly layouts?: Readonly<Record<number, Layout>>;
+  /** one line for reports: `linear bf16 [T,256]x[256,1024]` */
+  readonly about: string;
+}
+
+/**
+ * How a weight lies in memory. A weight of shape [..., rows, columns] is packed matrix by matrix; `pack` gets whole rows,
+ * `rowBlock` of them or a multiple (fewer at the end of a matrix), and gives bytes that follow those of the rows before.
+ */
+export interface Layout {
+  readonly name: string;
+  readonly rowBlock: number;
+  /** packed bytes of one matrix */
+  bytes(rows: number, columns: number, dtype: DType): number;
+  pack(tile: Tile): Uint8Array;
+}
+
+export interface Tile {
+  /** row-major little-endian elements */
+  readonly bytes: Uint8Array;
+  readonly dtype: DType;
+  readonly rows: number;
+  readonly columns: number;
+}
+
+/** A page holds `pageTokens` tokens of one layer: K, V and their scales, packed as this target's kernels want. */
+export interface KvLayout {
+  readonly pageTokens: number;
+  readonly pageBytes: number;
+}
+
+export interface ProgramSource {
+  readonly role: "attention" | "ffn";
+  readonly arch: string;
+  readonly kernels: readonly RenderedKernel[];
+}
+
+export interface RenderedKernel {
+  /** symbol, such as `k3_linear` */
+  readonly name: string;
+  readonly about: string;
+  readonly text: string;
+}
+
+export type { Dim, DimSymbol, DType, Graph, KvType, Op, TensorType };

@@ -1,0 +1,112 @@
+/*
+ * The C ABI between the runtime, device drivers, transports and compiled programs. Little endian, 64-bit.
+ * Every function returns 0 when all is well; otherwise error() gives one line for people.
+ */
+#ifndef STEP3_H
+#define STEP3_H
+#include <stdint.h>
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define S3_ABI 1u
+#define S3_MAGIC 0x43335333u /* "3S3C" */
+
+/* Pushed last with every exchange; each rank's row counts are read from here, on the device. */
+typedef struct {
+  uint32_t magic, abi, round, schedule, exchange, slot, rows, flags;
+  uint64_t sequence;
+  uint8_t zero[24];
+} s3_head;
+
+typedef struct { uint64_t mem, off, bytes; } s3_span;
+
+/* One kernel launch. args are in the order of the schedule step: in, inout, out. heads: `segments` headers, one after another. */
+typedef struct {
+  uint32_t kernel, nargs;
+  const s3_span *args;
+  s3_span heads;
+  uint32_t segments; /* row segments: attention ranks on the FFN side, 1 on the attention side */
+  uint32_t stride;   /* maximum rows of one segment */
+} s3_launch;
+
+typedef struct s3_dev s3_dev;
+typedef struct s3_queue s3_queue;
+typedef struct s3_segment s3_segment;
+typedef uint64_t s3_event; /* 0: already happened */
+
+/* A device driver, from s3_device_v1() in runtime/devices or in a plugin's library. */
+typedef struct {
+  uint32_t abi, caps;
+  /* program: the compiled library of this side, options: device options as JSON ({"threads":2,"isa":"avx2"}) */
+  int (*open)(int ordinal, const char *program, const char *options, s3_dev **);
+  void (*close)(s3_dev *);
+  int (*alloc)(s3_dev *, uint64_t bytes, uint64_t align, s3_span *); /* zeroed */
+  void *(*host)(s3_dev *, s3_span);                                  /* address, or NULL when the host cannot reach it */
+  int (*queue)(s3_dev *, s3_queue **);
+  int (*copy)(s3_queue *, s3_span dst, s3_span src, uint64_t bytes);
+  int (*read)(s3_dev *, void *dst, s3_span src);
+  int (*write)(s3_dev *, s3_span dst, const void *src);
+  /* the launches between two communication steps; kernels are indices into the program's table of names */
+  int (*prepare)(s3_dev *, const s3_launch *, uint32_t n, s3_segment **);
+  int (*submit)(s3_queue *, s3_segment *, s3_event *done);
+  int (*wait)(s3_dev *, s3_event, uint32_t ms);
+  int (*share)(s3_dev *, s3_span, void *token, uint32_t *bytes);
+  int (*kernel)(s3_dev *, const char *name, uint32_t *index);
+  const char *(*error)(s3_dev *);
+} s3_device;
+const s3_device *s3_device_v1(void);
+
+typedef struct s3_net s3_net;
+
+/* What an attention rank wants of the next round, and what all ranks then do. */
+typedef struct { uint32_t schedule_wanted; /* index + 1, 0: nothing to do */ } s3_wish;
+typedef struct { uint32_t round, schedule, stop; } s3_round;
+
+/* A transport, from s3_transport_v1(). An exchange is posted, then waited for; on the other side accepted, then replied to. */
+typedef struct {
+  uint32_t abi, caps;
+  int (*open)(const char *config_json, uint32_t rank, const uint8_t wire[32], s3_dev *, const s3_device *, s3_net **);
+  int (*bind)(s3_net *, uint64_t key, uint32_t peer, int outgoing, s3_span);
+  int (*start)(s3_net *); /* compares hashes: a peer with another is refused, both named */
+  int (*agree)(s3_net *, const s3_wish *mine, s3_round *out, uint32_t ms); /* all ranks, before each round */
+  int (*post)(s3_net *, uint32_t exchange, uint32_t slot, uint64_t seq, s3_event after);
+  int (*await)(s3_net *, uint32_t exchange, uint32_t slot, uint64_t seq, s3_queue *, uint32_t ms); /* NULL queue: the host waits */
+  int (*accept)(s3_net *, uint32_t exchange, uint32_t slot, uint32_t from, uint64_t seq, s3_queue *, uint32_t ms);
+  int (*reply)(s3_net *, uint32_t exchange, uint32_t slot, uint32_t to, uint64_t seq, s3_event after);
+  void (*close)(s3_net *);
+  const char *(*error)(s3_net *);
+} s3_transport;
+
+/* --- programs for the `cpp` device ------------------------------------------------------------------------------------------ */
+
+/* What a kernel gets, on each thread of the team. Rows of segment i are i*stride .. i*stride + heads[i].rows - 1. */
+typedef struct s3_call {
+  void *const *args;
+  const s3_head *heads;
+  uint32_t segments, stride;
+  uint32_t thread, threads;
+  void *scratch;                         /* shared by the team */
+  void (*barrier)(const struct s3_call *); /* all threads of the team */
+} s3_call;
+typedef void (*s3_kernel)(const s3_call *);
+
+typedef struct {
+  const char *name;
+  uint64_t scratch;
+  s3_kernel run;
+} s3_kernel_entry;
+
+typedef struct {
+  uint32_t abi, count;
+  const char *isa;
+  const s3_kernel_entry *kernels;
+} s3_program;
+
+/* The program built for an instruction set: "baseline", "avx2", "avx512", "amx"; NULL name: the best this processor runs. NULL when it cannot. */
+const s3_program *s3_program_v1(const char *isa);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
