@@ -4,7 +4,7 @@
  */
 
 import type { Dim, DimSymbol } from "../ir/dim.ts";
-import type { Graph, Op } from "../ir/graph.ts";
+import type { Graph, Op, Value } from "../ir/graph.ts";
 import type { DType, KvType, TensorType } from "../ir/type.ts";
 
 export interface Backend {
@@ -37,6 +37,8 @@ export interface Target {
   /** maxima of the graph's symbols */
   readonly symbols: readonly DimSymbol[];
   readonly kv?: KvLayout;
+  /** whether an input of the op is a weight, which a layout can pack; absent: the operands that a template gives a layout are */
+  isWeight?(input: Value): boolean;
   /** why the last template declined, for `--explain` and the error that lists what a target lacks */
   decline(why: string): undefined;
 }
@@ -92,6 +94,8 @@ export interface RenderedKernel {
   readonly name: string;
   readonly about: string;
   readonly text: string;
+  /** bytes of scratch for the largest launch, from its plan */
+  readonly scratch: number;
 }
 
-export type { Dim, DimSymbol, DType, Graph, KvType, Op, TensorType };
+export type { Dim, DimSymbol, DType, Graph, KvType, Op, TensorType, Value };

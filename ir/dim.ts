@@ -32,11 +32,13 @@ const plus = (a: Polynomial, b: Polynomial, sign: 1 | -1): Polynomial => {
 };
 
 const times = (a: Polynomial, b: Polynomial): Polynomial => {
-  let product: Polynomial = new Map();
+  const product = new Map<string, number>();
   for (const [ma, ca] of a)
     for (const [mb, cb] of b) {
-      const atoms = [...splitAtoms(ma), ...splitAtoms(mb)].sort();
-      product = plus(product, new Map([[atoms.join("*"), ca * cb]]), 1);
+      const monomial = [...splitAtoms(ma), ...splitAtoms(mb)].sort().join("*");
+      const c = (product.get(monomial) ?? 0) + ca * cb;
+      if (c === 0) product.delete(monomial);
+      else product.set(monomial, c);
     }
   return product;
 };

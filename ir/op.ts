@@ -20,6 +20,8 @@ export type Rowwise = "row" | "state" | "none";
 /** The cache of the interpreter: for each page, K and V as the Graph sees them (codes and scales for quantised ones). */
 export interface KvState {
   readonly kind: "kv";
+  /** tokens of a page, as the backend under test has it: position p is at offset p % pageTokens of page p / pageTokens of the row's table */
+  readonly pageTokens: number;
   readonly rows: Map<string, KvRow>;
 }
 /** One cached token, found under `${page}:${offset}`. */
@@ -54,12 +56,16 @@ export interface Knowledge {
   readonly samples: readonly Sample[];
 }
 
-/** A case for tests: the op on inputs of these types; `values` fixes the range or the kind of data drawn for each input. */
+/**
+ * A case for tests: the op on inputs of these types; `values` fixes the range or the kind of data drawn for each input:
+ * `normal` (mean 0, deviation 1; the default), `positive` (0.1 to 4), `unit` (0 to 1), integers `below` a bound,
+ * `row` (an element's index on the first axis: positions of one sequence), `column` (1 + its index on the last: pages of one sequence).
+ */
 export interface Sample {
   readonly name: string;
   readonly inputs: readonly Type[];
   readonly attrs: Attrs;
-  readonly values?: readonly ("normal" | "positive" | "unit" | { readonly below: number })[];
+  readonly values?: readonly ("normal" | "positive" | "unit" | "row" | "column" | { readonly below: number })[];
   readonly symbols?: Readonly<Record<string, number>>;
 }
 

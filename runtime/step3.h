@@ -1,6 +1,7 @@
 /*
  * The C ABI between the runtime, device drivers, transports and compiled programs. Little endian, 64-bit.
- * Every function returns 0 when all is well; otherwise error() gives one line for people.
+ * Every function returns 0 when all is well; otherwise the exit code that fits (1 the input is at fault, 3 a check or a peer failed,
+ * 70 our fault) and error() gives one line for people.
  */
 #ifndef STEP3_H
 #define STEP3_H
@@ -35,48 +36,88 @@ typedef struct s3_queue s3_queue;
 typedef struct s3_segment s3_segment;
 typedef uint64_t s3_event; /* 0: already happened */
 
-/* A device driver, from s3_device_v1() in runtime/devices or in a plugin's library. */
+/* Spans of this driver are addresses: one open device may use what another in the same process allocated (weights are loaded once). */
+#define S3_DEVICE_SHARES_SPANS 1u
+
+/* What share() writes for a driver whose memory is host memory: a descriptor that another process can map, owned by the device. */
+typedef struct {
+  int32_t fd;
+  uint32_t zero;
+  uint64_t off, bytes; /* of the span, in the descriptor */
+} s3_share;
+
+/* A device driver, from s3_device_v1() in runtime/devices or in a plugin's library. Used by one thread at a time. */
 typedef struct {
   uint32_t abi, caps;
-  /* program: the compiled library of this side, options: device options as JSON ({"threads":2,"isa":"avx2"}) */
+  /* program: the compiled library of this side, options: device options as JSON ({"threads":2,"isa":"avx2","spin":2000}) */
   int (*open)(int ordinal, const char *program, const char *options, s3_dev **);
   void (*close)(s3_dev *);
-  int (*alloc)(s3_dev *, uint64_t bytes, uint64_t align, s3_span *); /* zeroed */
-  void *(*host)(s3_dev *, s3_span);                                  /* address, or NULL when the host cannot reach it */
+  int (*alloc)(s3_dev *, uint64_t bytes, uint64_t align, uint32_t shared, s3_span *); /* zeroed; shared: share() will be asked for it */
+  void *(*host)(s3_dev *, s3_span);                                                   /* address, or NULL when the host cannot reach it */
   int (*queue)(s3_dev *, s3_queue **);
   int (*copy)(s3_queue *, s3_span dst, s3_span src, uint64_t bytes);
   int (*read)(s3_dev *, void *dst, s3_span src);
   int (*write)(s3_dev *, s3_span dst, const void *src);
-  /* the launches between two communication steps; kernels are indices into the program's table of names */
+  /* the launches between two communication steps; kernels are what kernel() gave; args are copied */
   int (*prepare)(s3_dev *, const s3_launch *, uint32_t n, s3_segment **);
   int (*submit)(s3_queue *, s3_segment *, s3_event *done);
   int (*wait)(s3_dev *, s3_event, uint32_t ms);
-  int (*share)(s3_dev *, s3_span, void *token, uint32_t *bytes);
+  int (*share)(s3_dev *, s3_span, void *token, uint32_t *bytes); /* bytes: of token, in and out */
   int (*kernel)(s3_dev *, const char *name, uint32_t *index);
-  const char *(*error)(s3_dev *);
+  const char *(*error)(s3_dev *); /* NULL device: why the last open on this thread failed */
 } s3_device;
 const s3_device *s3_device_v1(void);
 
 typedef struct s3_net s3_net;
 
-/* What an attention rank wants of the next round, and what all ranks then do. */
-typedef struct { uint32_t schedule_wanted; /* index + 1, 0: nothing to do */ } s3_wish;
+/*
+ * Ranks are numbered: attention ranks first, then FFN ranks.
+ * One permanent pairing of memory on both sides (contract K1), bound before start() in posting order, the header last.
+ */
+typedef struct {
+  uint64_t key;
+  uint32_t schedule, slot;
+  uint32_t peer;     /* rank number of the other side */
+  uint32_t outgoing; /* 1: memory is read and sent; 0: the peer writes it */
+  uint64_t types;    /* bit i: exchange type i of the schedule carries it */
+  uint64_t row;      /* bytes of one row, so that only the rows that are there are moved; 0: the header, 64 bytes */
+  s3_span memory;    /* bytes: of one message at its maximum, equal on both sides (contract K3) */
+} s3_key;
+
+/* One exchange on a slot. The same sequence on both sides, growing within a slot of a schedule. */
+typedef struct {
+  uint32_t schedule, exchange, type, slot;
+  uint64_t sequence;
+} s3_exchange;
+
+/* What a rank wants of the next round: the schedule (index + 1, 0: nothing) with the highest priority that anyone wants is run. */
+typedef struct {
+  uint32_t schedule, priority;
+  uint32_t abort; /* the user wants an end: all stop before the next round */
+} s3_wish;
+#define S3_STOP_DONE 1u
+#define S3_STOP_ABORT 2u
 typedef struct { uint32_t round, schedule, stop; } s3_round;
 
-/* A transport, from s3_transport_v1(). An exchange is posted, then waited for; on the other side accepted, then replied to. */
+/*
+ * A transport, from s3_transport_v1(). An exchange is posted to all FFN ranks, then waited for; on the other side accepted, then replied to.
+ * open: config is JSON: {"attention":2,"ffn":1,"session":"name","schedules":[{"slots":3}],"spin":2000,"timeout_ms":30000}; what a transport
+ * does not know it ignores. ms: 0 waits for as long as the peers live.
+ */
 typedef struct {
   uint32_t abi, caps;
-  int (*open)(const char *config_json, uint32_t rank, const uint8_t wire[32], s3_dev *, const s3_device *, s3_net **);
-  int (*bind)(s3_net *, uint64_t key, uint32_t peer, int outgoing, s3_span);
+  int (*open)(const char *config, uint32_t rank, const uint8_t wire[32], s3_dev *, const s3_device *, s3_net **);
+  int (*bind)(s3_net *, const s3_key *);
   int (*start)(s3_net *); /* compares hashes: a peer with another is refused, both named */
   int (*agree)(s3_net *, const s3_wish *mine, s3_round *out, uint32_t ms); /* all ranks, before each round */
-  int (*post)(s3_net *, uint32_t exchange, uint32_t slot, uint64_t seq, s3_event after);
-  int (*await)(s3_net *, uint32_t exchange, uint32_t slot, uint64_t seq, s3_queue *, uint32_t ms); /* NULL queue: the host waits */
-  int (*accept)(s3_net *, uint32_t exchange, uint32_t slot, uint32_t from, uint64_t seq, s3_queue *, uint32_t ms);
-  int (*reply)(s3_net *, uint32_t exchange, uint32_t slot, uint32_t to, uint64_t seq, s3_event after);
-  void (*close)(s3_net *);
-  const char *(*error)(s3_net *);
+  int (*post)(s3_net *, const s3_exchange *, s3_event after);
+  int (*await)(s3_net *, const s3_exchange *, s3_queue *, uint32_t ms); /* NULL queue: the host waits */
+  int (*accept)(s3_net *, const s3_exchange *, uint32_t from, s3_queue *, uint32_t ms);
+  int (*reply)(s3_net *, const s3_exchange *, uint32_t to, s3_event after);
+  void (*close)(s3_net *, const char *why); /* why: what went wrong here, for the peers; NULL: all is done */
+  const char *(*error)(s3_net *); /* NULL net: why the last open on this thread failed */
 } s3_transport;
+const s3_transport *s3_transport_v1(void);
 
 /* --- programs for the `cpp` device ------------------------------------------------------------------------------------------ */
 

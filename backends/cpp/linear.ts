@@ -1,0 +1,178 @@
+/**
+ * Contractions of activations with weights: linear, scaled_linear and their grouped forms, alone or as the first op of a `fused` whose
+ * other ops are elementwise. The arithmetic is in panels.h and contract.h; here sizes, layouts and the epilogue are worked out.
+ */
+import type { Dim } from "../../ir/dim.ts";
+import type { Graph, Op, Value } from "../../ir/graph.ts";
+import { knowledge } from "../../ir/ops/index.ts";
+import { type DType, type TensorType, typeText } from "../../ir/type.ts";
+import type { ContextValue, KernelPlan, KernelTemplate, Layout, Target } from "../backend.ts";
+import { elementStatements, loadElement, rowsOf, storeElement } from "../c_family.ts";
+import { loadTemplate } from "../template.ts";
+import { dialect, storage } from "./dialect.ts";
+import { cellOf, cellsOf, panelColumns, panels } from "./layout.ts";
+
+/** Rows that contract.h stores at a time, and what matrix units may read past them. */
+const mostStoredRows = 144;
+const slackBytes = 2048;
+
+/** Operands of each kind, in order. */
+const operandNames: Readonly<Record<string, readonly string[]>> = {
+  linear: ["x", "w"],
+  scaled_linear: ["x", "xs", "w", "ws"],
+  grouped_linear: ["x", "w", "ids"],
+  scaled_grouped_linear: ["x", "xs", "w", "ws", "ids"],
+};
+
+const shapeOf = (v: Value): readonly Dim[] => (v.type as TensorType).shape;
+const dtypeOf = (v: Value): DType => v.type.dtype;
+
+/** An op seen as a contraction and what follows it: a body whose inputs are the op's inputs. */
+interface Work {
+  readonly contraction: Op;
+  readonly rest: readonly Op[];
+  readonly inputs: readonly Value[];
+  readonly outputs: readonly Value[];
+}
+
+const workOf = (op: Op): Work | undefined => {
+  if (op.kind in operandNames) return { contraction: op, rest: [], inputs: op.inputs, outputs: op.outputs };
+  const [first, ...rest] = op.body?.ops ?? [];
+  if (op.kind !== "fused" || first === undefined || !(first.kind in operandNames)) return undefined;
+  if (!rest.every((o) => knowledge(o.kind).scalar !== undefined || o.kind === "const")) return undefined;
+  const body = op.body as Graph;
+  return { contraction: first, rest, inputs: body.inputs, outputs: body.outputs };
+};
+
+/** Where the element of a value lies that belongs to element [row, column] of the result; undefined when it has none. */
+const placeOf = (v: Value, rows: Dim, columns: number): string | undefined => {
+  const shape = shapeOf(v);
+  if (v.type.kind !== "tensor" || shape.length > 2) return undefined;
+  const [row, column] = [shape.length === 2 ? shape[0] : 1, shape.at(-1) ?? 1];
+  if ((row !== rows && row !== 1) || (column !== columns && column !== 1)) return undefined;
+  if (row === 1) return column === 1 ? "0" : "column";
+  return column === 1 && columns !== 1 ? "row" : "at";
+};
+
+interface Epilogue {
+  readonly lines: readonly string[];
+  /** inputs it reads, by index */
+  readonly reads: ReadonlySet<number>;
+}
+
+const epilogueOf = (work: Work, rows: Dim, columns: number, target: Target): Epilogue | undefined => {
+  const sum = work.contraction.outputs[0] as Value;
+  const reads = new Set<number>();
+  const values = [...work.rest.flatMap((o) => [...o.inputs, ...o.outputs]), ...work.outputs];
+  const misfit = values.find((v) => placeOf(v, rows, columns) === undefined);
+  if (misfit) return target.decline(`${typeText(misfit.type)} does not lie along the contraction's result`);
+  if (work.outputs.some((v) => placeOf(v, rows, columns) !== "at"))
+    return target.decline("an epilogue has results of the shape of the contraction's");
+  const { lines, spell } = elementStatements(dialect, work.rest, (v) => {
+    if (v.name === sum.name) return "sum";
+    const index = work.inputs.findIndex((input) => input.name === v.name);
+    if (index < 0) throw new Error(`${v.name} is neither an input nor a result of the body`);
+    reads.add(index);
+    return loadElement(dialect, dtypeOf(v), `in${index}`, placeOf(v, rows, columns) as string);
+  });
+  const rounded = dtypeOf(sum) === "f32" ? "sums[i]" : `round_${dtypeOf(sum)}(sums[i])`;
+  return {
+    lines: [
+      `const float sum = ${rounded};`,
+      ...lines,
+      ...work.outputs.map((v, i) => storeElement(dialect, dtypeOf(v), `out${i}`, "at", spell(v))),
+    ],
+    reads,
+  };
+};
+
+const match = (grouped: boolean) => (op: Op, target: Target): KernelPlan | undefined => {
+  const work = workOf(op);
+  if (work === undefined || work.contraction.kind.includes("grouped") !== grouped) return undefined;
+  const { contraction } = work;
+  const names = operandNames[contraction.kind] as readonly string[];
+  const operand = (name: string): Value => contraction.inputs[names.indexOf(name)] as Value;
+  const indexOf = (name: string): number =>
+    names.includes(name) ? work.inputs.findIndex((v) => v.name === operand(name).name) : -1;
+  const [x, w, result] = [operand("x"), operand("w"), contraction.outputs[0] as Value];
+  const scaled = names.includes("ws");
+
+  const cell = cellOf(dtypeOf(w));
+  if (!cell || !cellOf(dtypeOf(x))) return target.decline(`${dtypeOf(x)} x ${dtypeOf(w)} contraction: sums are f32`);
+  if (dtypeOf(result) === "f64") return target.decline("contraction to f64: sums are f32");
+  const [columns, inner] = shapeOf(w).slice(-2) as unknown as readonly [number, number];
+  const matrices = grouped ? (shapeOf(w)[0] as number) : 1;
+  const rows = shapeOf(result)[0] as Dim;
+  const counted = rowsOf(rows);
+  if (counted === undefined) return target.decline(`${rows} rows are not a multiple of the tokens`);
+  if (inner === 0 || columns === 0) return target.decline("a contraction without elements");
+  const epilogue = epilogueOf(work, rows, columns, target);
+  if (epilogue === undefined) return undefined;
+
+  const [block, group] = scaled ? (contraction.attrs.block as readonly [number, number]) : [panelColumns, inner];
+  const layout: Layout = panels(dtypeOf(w), group);
+  const choices = grouped ? (shapeOf(operand("ids"))[1] as number) : 1;
+  const rowPerToken = grouped && shapeOf(x)[0] === shapeOf(operand("ids"))[0];
+
+  // on the FFN side nobody knows here how many segments a launch will have
+  const most = target.symbols.find((s) => s.name === "T")?.max ?? 1;
+  const bound = counted.perToken ? (op.place?.startsWith("ffn") ? Number.POSITIVE_INFINITY : most * counted.count) : counted.count;
+  const storedRows = Math.min(mostStoredRows, Math.ceil(1.5 * bound));
+  const widened = storedRows * cellsOf(inner, Math.min(group, inner), 16) * 64 + slackBytes;
+  const isWeight = target.isWeight?.(op.inputs[indexOf("w")] as Value) ?? true;
+
+  const sources: ContextValue[] = work.inputs.flatMap((v, index) => {
+    const name = names.find((n) => indexOf(n) === index);
+    const read = epilogue.reads.has(index);
+    const type = storage[dtypeOf(v)];
+    const note = typeText(v.type);
+    const packed = name === "w" && isWeight;
+    return [
+      ...(name === undefined ? [] : [{ name, index, type: packed ? "const uint8_t" : `const ${type}`, note: packed ? `${note} in ${layout.name}` : note }]),
+      ...(read ? [{ name: `in${index}`, index, type: `const ${type}`, note }] : []),
+    ];
+  });
+  const results: ContextValue[] = work.outputs.map((v, i) => ({
+    name: `out${i}`,
+    index: work.inputs.length + i,
+    type: storage[dtypeOf(v)],
+    note: typeText(v.type),
+  }));
+  const kinds = [...new Set(work.rest.map((o) => o.kind))].filter((k) => k !== "const");
+  const about = `${contraction.kind} ${typeText(x.type)} x ${typeText(w.type)} -> ${work.outputs.map((v) => typeText(v.type)).join(", ")}${
+    kinds.length > 0 ? `, then ${kinds.join(", ")}` : ""
+  }`;
+  return {
+    context: {
+      about,
+      grouped,
+      columns,
+      inner,
+      group: Math.min(group, inner),
+      block,
+      arguments: [...sources, ...results],
+      epilogue: epilogue.lines,
+      panel: cell.panel,
+      scaled,
+      xs: scaled ? "xs" : "nullptr",
+      ws: scaled ? "ws" : "nullptr",
+      matrix: isWeight ? "w" : "packed",
+      packedAt: isWeight ? 0 : widened,
+      matrices,
+      rows: { perToken: counted.perToken, count: counted.count },
+      choices,
+      first: (contraction.attrs.first as number | undefined) ?? 0,
+      rowPerToken,
+    },
+    scratch: widened + (isWeight ? 0 : matrices * layout.bytes(columns, inner, dtypeOf(w))),
+    layouts: isWeight ? { [indexOf("w")]: layout } : {},
+    about,
+  };
+};
+
+const template = (name: string, grouped: boolean): KernelTemplate => {
+  const text = loadTemplate(new URL(`./kernels/${name}.hbs`, import.meta.url));
+  return { name, match: match(grouped), render: (context, symbol) => text({ ...context, name: symbol }) };
+};
+
+export const linearKernels: readonly KernelTemplate[] = [template("linear", false), template("grouped_linear", true)];

@@ -1,0 +1,105 @@
+/** Ops on the rows of tokens that are neither contractions nor made of elements: gather, topk, sample, rotary, combine. */
+
+import type { Attrs } from "../../ir/attr.ts";
+import type { Op } from "../../ir/graph.ts";
+import { type TensorType, typeText } from "../../ir/type.ts";
+import type { KernelContext, KernelTemplate, Target } from "../backend.ts";
+import { loadElement, rowsOf, storeElement, tileColumns, variableType } from "../c_family.ts";
+import { loadTemplate } from "../template.ts";
+import { dialect, storage } from "./dialect.ts";
+
+const inputType = (op: Op, i: number): TensorType => op.inputs[i]?.type as TensorType;
+const outputType = (op: Op, i: number): TensorType => op.outputs[i]?.type as TensorType;
+const columnsOf = (t: TensorType): number => t.shape.at(-1) as number;
+const integer = (attrs: Attrs, name: string, otherwise: number): number => (attrs[name] as number | undefined) ?? otherwise;
+
+/** `rows::of_tokens(c, 1, 1)` without the class's name: the rows of axis 0 of a type, each in `tiles` parts. */
+const rowsText = (type: TensorType, tiles: number, target: Target): string | undefined => {
+  const found = rowsOf(type.shape[0] ?? 1);
+  if (found === undefined) return target.decline(`rows of ${typeText(type)} are not a multiple of the tokens`);
+  return `${found.perToken ? "of_tokens" : "fixed"}(c, ${found.count}, ${tiles})`;
+};
+
+/** A kernel for one kind of op: `plan` gives what its template places besides `rows` and `about`. */
+const kernel = (
+  kind: string,
+  plan: (op: Op) => { readonly rowsType: TensorType; readonly tiles: number; readonly context: KernelContext },
+): KernelTemplate => {
+  const template = loadTemplate(new URL(`./kernels/${kind}.hbs`, import.meta.url));
+  return {
+    name: kind,
+    match(op, target) {
+      if (op.kind !== kind) return undefined;
+      const { rowsType, tiles, context } = plan(op);
+      const rows = rowsText(rowsType, tiles, target);
+      if (rows === undefined) return undefined;
+      const types = (values: Op["inputs"]): string => values.map((v) => typeText(v.type)).join(", ");
+      const about = `${kind} ${types(op.inputs)} -> ${types(op.outputs)}`;
+      return { context: { ...context, rows, about }, about, scratch: 0 };
+    },
+    render: (context, name) => template({ ...context, name }),
+  };
+};
+
+const gather = kernel("gather", (op) => {
+  const table = inputType(op, 0);
+  return {
+    rowsType: outputType(op, 0),
+    tiles: 1,
+    context: { type: storage[table.dtype], columns: columnsOf(table), count: table.shape[0] as number },
+  };
+});
+
+const topk = kernel("topk", (op) => ({
+  rowsType: inputType(op, 0),
+  tiles: 1,
+  context: { columns: columnsOf(inputType(op, 0)), k: op.attrs.k as number },
+}));
+
+const sample = kernel("sample", (op) => ({
+  rowsType: inputType(op, 0),
+  tiles: 1,
+  context: { columns: columnsOf(inputType(op, 0)) },
+}));
+
+const rotary = kernel("rotary", (op) => {
+  const { dtype } = inputType(op, 0);
+  const dim = op.attrs.dim as number;
+  const heads = op.attrs.heads as number;
+  return {
+    rowsType: inputType(op, 0),
+    tiles: heads,
+    context: {
+      type: storage[dtype],
+      variable: variableType(dialect, dtype),
+      heads,
+      dim,
+      half: dim / 2,
+      positions: inputType(op, 1).shape[0] as number,
+      loadA: loadElement(dialect, dtype, "a", "i"),
+      loadB: loadElement(dialect, dtype, "b", "i"),
+      storeA: storeElement(dialect, dtype, "out_a", "i", "(ai * cosines[i] - bi * sines[i])"),
+      storeB: storeElement(dialect, dtype, "out_b", "i", "(bi * cosines[i] + ai * sines[i])"),
+    },
+  };
+});
+
+const combine = kernel("combine", (op) => {
+  const columns = columnsOf(outputType(op, 0));
+  const from = integer(op.attrs, "first", 0);
+  const bounded = op.attrs.count !== undefined;
+  return {
+    rowsType: outputType(op, 0),
+    tiles: Math.ceil(columns / tileColumns),
+    context: {
+      columns,
+      tile: tileColumns,
+      choices: columnsOf(inputType(op, 1)),
+      from,
+      bounded,
+      end: from + integer(op.attrs, "count", 0),
+    },
+  };
+});
+
+export const tokenKernels: readonly KernelTemplate[] = [gather, topk, sample, rotary, combine];

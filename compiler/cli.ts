@@ -1,0 +1,233 @@
+#!/usr/bin/env node
+import { mkdirSync, readFileSync, writeFileSync } from "node:fs";
+import { join, resolve } from "node:path";
+import { Command, CommanderError, InvalidArgumentError, Option } from "commander";
+import { UserError } from "../ir/error.ts";
+import { readManifest } from "./bundle.ts";
+import { checkBundle } from "./check_bundle.ts";
+import { type CompileOptions, compile } from "./compile.ts";
+import { generate, type Prompt, type RunnerOptions, score, windows } from "./generate.ts";
+import { inspect } from "./inspect.ts";
+import { progressOn } from "./progress.ts";
+import { promptsOf, readPromptFile, statisticsText } from "./prompts.ts";
+import { readTokenizer } from "./tokenizer.ts";
+import { version } from "./version.ts";
+
+const positive = (text: string): number => {
+  const value = Number(text);
+  if (!Number.isInteger(value) || value < 1) throw new InvalidArgumentError("a whole number of at least 1 is needed.");
+  return value;
+};
+const whole = (text: string): number => {
+  const value = Number(text);
+  if (!Number.isInteger(value) || value < 0) throw new InvalidArgumentError("a whole number of at least 0 is needed.");
+  return value;
+};
+const real = (text: string): number => {
+  const value = Number(text);
+  if (!Number.isFinite(value) || value < 0 || text.trim() === "")
+    throw new InvalidArgumentError("a number of at least 0 is needed.");
+  return value;
+};
+const ids = (text: string): number[] =>
+  text.trim() === "" ? [] : text.split(",").map((part) => whole(part.trim() === "" ? "x" : part));
+const ranks = (text: string): { attention: number; ffn: number } => {
+  const [, a, f] = /^(\d+)A(\d+)F$/i.exec(text) ?? [];
+  if (a === undefined || f === undefined || Number(a) < 1)
+    throw new InvalidArgumentError("write it as 2A1F: attention ranks, then FFN ranks.");
+  return { attention: Number(a), ffn: Number(f) };
+};
+const progress = progressOn(process.stderr);
+const program = new Command("step3c")
+  .description("Compiles a language model into attention and FFN programs for different chips, and runs them.")
+  .version(version())
+  .exitOverride()
+  .configureHelp({ showGlobalOptions: false });
+
+program
+  .command("compile")
+  .description("compile a checkpoint directory or a graph (file.step3) into a bundle")
+  .argument("<model>", "Hugging Face directory, config.json (with --no-weights) or file.step3")
+  .option("--out <dir>", "the bundle (default: the model's name with .s3, in this folder)")
+  .option("--attention <target>", "target of the attention side: a built-in name[:arch], a folder or a package", "cpp")
+  .option("--ffn <target>", "target of the FFN side", "cpp")
+  .addOption(
+    new Option("--precision <policy>", "weights and activations of the text linears")
+      .choices(["bf16", "fp8", "int8"])
+      .default("bf16"),
+  )
+  .addOption(new Option("--kv <policy>", "KV cache").choices(["bf16", "fp8", "int8"]).default("bf16"))
+  .option("--ranks <xAyF>", "attention and FFN ranks", ranks, { attention: 1, ffn: 1 })
+  .option("--ffn-split <split>", "ep, tp, or epXtpY with X*Y FFN ranks", "ep")
+  .option("--micro-batches <n>", "micro-batches in flight", positive, 3)
+  .option("--max-batch <n>", "sequences in flight on one attention rank", positive, 16)
+  .option("--max-context <n>", "tokens of one sequence (default: the model's, at most 4096)", positive)
+  .option("--no-weights", "leave the weights out; the runtime draws them from a seed")
+  .addOption(new Option("--emit <what>", "print this instead of writing a bundle").choices(["ir", "schedule", "kernels"]))
+  .option("--print-ir-after <pass>", "print the graph after a pass, or after all")
+  .option("--dump-to <dir>", "write the graph after every pass, one readable file each")
+  .option("--from <file>", "start again from a dumped graph, after the pass it was dumped by")
+  .option("--stop-after <pass>", "stop after a pass and print the graph")
+  .option(
+    "--skip-pass <pass>",
+    "leave out a pass (may be repeated)",
+    (name: string, all: string[]) => [...all, name],
+    [] as string[],
+  )
+  .option("--pass-limit <n>", "apply at most n rewrites, to find the one at fault by bisection", whole)
+  .option("--time-passes", "print the time of every pass")
+  .option("--explain <what>", "partition, or the name of a kernel or an op: say what was decided and why")
+  .action(async (model: string, options: Omit<CompileOptions, "attentionRanks"> & { out?: string }) => {
+    const printed = await compile(model, options, progress);
+    process.stdout.write(printed);
+  });
+
+const runner = (command: Command): Command =>
+  command
+    .addOption(new Option("--transport <name>", "how ranks reach each other").choices(["local", "shm"]).default("shm"))
+    .option("--threads <n>", "threads of each rank (default: the cores shared out)", positive)
+    .addOption(new Option("--isa <name>", "instruction set to force").choices(["baseline", "avx2", "avx512", "amx"]))
+    .option("--strict", "treat every broken exchange contract as an error that names slot and step")
+    .addOption(new Option("--role <role>", "run one rank only").choices(["attention", "ffn"]))
+    .option("--rank <n>", "the rank, with --role", whole)
+    .option("--peers <file>", "the session file all ranks share, with --role")
+    .option(
+      "--logits <file>",
+      "write logits: little-endian f32 [steps, vocabulary]; one file per prompt (.0, .1 ...) when several",
+    )
+    .option("--trace <file>", "write Chrome trace events")
+    .option("--json", "one JSON line per prompt on standard output");
+
+runner(program.command("run").description("generate text with a bundle").argument("<bundle>"))
+  .option("--prompt <text>", "a prompt")
+  .option("--prompt-ids <ids>", "a prompt as token ids: 1,2,3", ids)
+  .option("--prompts <file>", 'prompts as JSON lines: {"prompt": text}, {"prompt_ids": [..]} or {"messages": [..]}')
+  .option("--chat", "put --prompt through the model's chat template as a user message")
+  .option("--max-tokens <n>", "tokens to generate for each prompt", positive, 128)
+  .option("--temperature <t>", "0 takes the likeliest token", real, 0)
+  .option("--top-p <p>", "sample from the likeliest tokens with this total probability", real, 1)
+  .option("--seed <n>", "seed of the first prompt; the others follow", whole, 0)
+  .action(async (bundle: string, options: RunOptions) => {
+    const prompts = promptsOf(options);
+    const single = prompts.length === 1;
+    let failed = 0;
+    let written = "";
+    const statistics = await generate(
+      bundle,
+      prompts,
+      options,
+      {
+        text: (_, piece) => {
+          if (!single || options.json) return;
+          process.stdout.write(piece);
+          written = piece;
+        },
+        done: (completion) => {
+          if (completion.error !== undefined) failed++;
+          if (options.json) process.stdout.write(`${JSON.stringify(completion)}\n`);
+          else if (completion.error !== undefined) process.stderr.write(`prompt ${completion.prompt}: ${completion.error}\n`);
+          else if (!single) process.stdout.write(`[${completion.prompt}] ${completion.text ?? completion.tokens.join(",")}\n`);
+          else if (completion.text === undefined) process.stdout.write(`${completion.tokens.join(",")}\n`);
+          else if (!written.endsWith("\n")) process.stdout.write("\n");
+        },
+      },
+      progress,
+    );
+    if (!options.json) process.stderr.write(statisticsText(statistics));
+    if (failed > 0) process.exitCode = 1;
+  });
+
+runner(program.command("score").description("teacher-forced logits and perplexity of a text").argument("<bundle>"))
+  .option("--text <file>", "a text file")
+  .option("--ids <file>", "JSON lines with prompt_ids")
+  .action(async (bundle: string, options: RunnerOptions & { text?: string; ids?: string; json?: boolean }) => {
+    if ((options.text === undefined) === (options.ids === undefined))
+      throw new UserError("give one of --text FILE and --ids FILE", 2);
+    const manifest = readManifest(bundle);
+    const sequences = options.ids !== undefined ? readSequences(options.ids) : textWindows(bundle, options.text ?? "", manifest);
+    const { total, each } = await score(bundle, sequences, options, progress);
+    if (options.json) for (const [sequence, s] of each.entries()) process.stdout.write(`${JSON.stringify({ sequence, ...s })}\n`);
+    const summary = { tokens: total.count, nll: total.nll, perplexity: total.perplexity };
+    process.stdout.write(
+      options.json ? `${JSON.stringify(summary)}\n` : `perplexity ${total.perplexity.toFixed(4)} over ${total.count} tokens\n`,
+    );
+  });
+
+program
+  .command("check")
+  .description("verify a bundle: hashes, certificate, and that programs and weights fit the manifest")
+  .argument("<bundle>")
+  .action((bundle: string) => {
+    process.stdout.write(checkBundle(bundle, progress));
+  });
+
+program
+  .command("inspect")
+  .description("say what a bundle or a graph holds")
+  .argument("<bundle | graph>")
+  .action((path: string) => {
+    process.stdout.write(inspect(path));
+  });
+
+interface RunOptions extends RunnerOptions {
+  readonly prompt?: string;
+  readonly promptIds?: number[];
+  readonly prompts?: string;
+  readonly chat?: boolean;
+  readonly maxTokens: number;
+  readonly temperature: number;
+  readonly topP: number;
+  readonly seed: number;
+  readonly json?: boolean;
+}
+
+const readSequences = (path: string): number[][] =>
+  readPromptFile(path).map((prompt: Prompt, line: number) => {
+    if (prompt.error !== undefined) throw new UserError(prompt.error);
+    if (prompt.prompt_ids === undefined) throw new UserError(`${path}:${line + 1}: no prompt_ids`);
+    return [...prompt.prompt_ids];
+  });
+
+const textWindows = (bundle: string, path: string, manifest: ReturnType<typeof readManifest>): number[][] => {
+  const codec = readTokenizer(bundle);
+  if (codec === undefined) throw new UserError(`${bundle}: has no tokenizer.json; use --ids FILE`);
+  return windows(codec, readText(path), manifest.maxContext, manifest.model.bos);
+};
+
+const readText = (path: string): string => {
+  try {
+    return readFileSync(path, "utf8");
+  } catch (error) {
+    throw new UserError(`${path}: ${(error as Error).message}`);
+  }
+};
+
+/** What happened, for people, and the exit code; our own faults leave a dump with the command to replay. */
+const fail = (error: unknown): number => {
+  progress.end();
+  if (error instanceof CommanderError) return error.exitCode === 0 ? 0 : 2;
+  if (error instanceof UserError) {
+    process.stderr.write(`step3c: ${error.message}\n`);
+    return error.exitCode;
+  }
+  const dump = join(process.cwd(), `step3c-crash-${process.pid}.txt`);
+  const replay = ["step3c", ...process.argv.slice(2)].map((word) => (/^[\w./:=,-]+$/.test(word) ? word : `'${word}'`)).join(" ");
+  const story = error instanceof Error ? (error.stack ?? error.message) : String(error);
+  try {
+    mkdirSync(resolve(dump, ".."), { recursive: true });
+    writeFileSync(dump, `step3c ${version()} on node ${process.version}\nreplay: ${replay}\n\n${story}\n`);
+    process.stderr.write(
+      `step3c: a fault of step3c itself: ${error instanceof Error ? error.message : String(error)}\n  details: ${dump}\n  replay:  ${replay}\n`,
+    );
+  } catch {
+    process.stderr.write(`step3c: a fault of step3c itself; replay: ${replay}\n${story}\n`);
+  }
+  return 70;
+};
+
+process.stdout.on("error", () => process.exit(0)); // the reader of a pipe left
+try {
+  await program.parseAsync();
+} catch (error) {
+  process.exitCode = fail(error);
+}

@@ -1,0 +1,126 @@
+/** Front ends: from a path to a Graph with what the rest of the compiler needs to know of it. */
+import { readFileSync, statSync } from "node:fs";
+import { basename, dirname, join, resolve } from "node:path";
+import type { KvLayout } from "../backends/backend.ts";
+import type { ModelFacts } from "../ir/bundle.ts";
+import { UserError } from "../ir/error.ts";
+import type { Graph } from "../ir/graph.ts";
+import { parseGraph } from "../ir/parse.ts";
+import type { KvType } from "../ir/type.ts";
+import type { Checkpoint } from "./frontends/checkpoint.ts";
+import { readStep3 } from "./models/step3.ts";
+import { type ResumePoint, resumePoint } from "./pass.ts";
+
+export interface Model {
+  readonly graph: Graph;
+  /** of the file or directory; not in the bundle, whose bytes do not depend on where the model lay */
+  readonly name: string;
+  readonly facts: ModelFacts;
+  /** a language model has prefill and decode rounds over a KV cache; another graph is run once */
+  readonly language: boolean;
+  /** most rows of a slot */
+  readonly rows: number;
+  readonly maxContext: number;
+  /** KV pages of one attention rank, the zero page included */
+  readonly pages: number;
+  /** where weights come from; without one they are drawn from a seed */
+  readonly checkpoint?: Checkpoint;
+  /** what stands for the weights' bytes in the source hash when they are drawn */
+  readonly configuration: string;
+  /** where tokenizer files may be */
+  readonly directory?: string;
+  close(): void;
+}
+
+interface ModelOptions {
+  readonly weights: boolean;
+  readonly kv: "bf16" | "fp8" | "int8";
+  readonly maxBatch: number;
+  readonly maxContext?: number;
+}
+
+/** Contexts longer than this are asked for, not assumed: KV memory grows with them. */
+const defaultContext = 4096;
+
+const kvTypes = { bf16: "bf16", fp8: "e4m3", int8: "i8" } as const;
+
+/** Reads a Step-3 checkpoint directory, its config.json, or a graph in its textual form. */
+export const readModel = (path: string, options: ModelOptions, layout: (type: KvType) => KvLayout, maxRows: number): Model => {
+  const entry = statSync(path, { throwIfNoEntry: false });
+  if (!entry) throw new UserError(`${path}: no such file or directory; give a checkpoint directory or a file.step3`);
+  return entry.isFile() && path.endsWith(".step3") ? readGraph(path, options) : readCheckpoint(path, options, layout, maxRows);
+};
+
+const readCheckpoint = (path: string, options: ModelOptions, layout: (type: KvType) => KvLayout, maxRows: number): Model => {
+  if (path.endsWith(".onnx"))
+    throw new UserError(`${path}: ONNX models cannot be read yet; give a Step-3 checkpoint directory or a file.step3`);
+  const model = readStep3(path, { weights: options.weights });
+  try {
+    const { kvHeads, headDim, maxPosition } = model.config;
+    const maxContext = options.maxContext ?? Math.min(maxPosition, defaultContext);
+    const { pageTokens } = layout({ kind: "kv", dtype: kvTypes[options.kv], heads: kvHeads, dim: headDim });
+    const maxPages = Math.ceil(maxContext / pageTokens);
+    const directory = statSync(path).isFile() ? dirname(path) : path;
+    return {
+      graph: model.graph(maxRows, { maxContext, maxPages }),
+      name: basename(resolve(directory)),
+      facts: model.facts,
+      language: true,
+      rows: maxRows,
+      maxContext,
+      pages: 1 + options.maxBatch * maxPages,
+      ...(model.checkpoint ? { checkpoint: model.checkpoint } : {}),
+      configuration: JSON.stringify(model.config),
+      directory,
+      close: () => model.checkpoint?.close(),
+    };
+  } catch (error) {
+    model.checkpoint?.close();
+    throw error;
+  }
+};
+
+const readGraph = (path: string, options: ModelOptions): Model => {
+  const text = readText(path);
+  const graph = parseGraph(text, path);
+  const stored = graph.weights.find((w) => w.source.kind !== "literal" && w.source.kind !== "rope");
+  if (stored && options.weights)
+    throw new UserError(
+      `${path}: weight ${stored.value.name} is in a checkpoint, and a graph has none; write its values in the text, or compile with --no-weights`,
+    );
+  const rows = graph.symbols.find((s) => s.name === "T")?.max ?? 1;
+  return {
+    graph,
+    name: basename(path, ".step3"),
+    facts: { name: graph.name },
+    language: false,
+    rows,
+    maxContext: rows,
+    pages: 1 + options.maxBatch * rows,
+    configuration: text,
+    close: () => {},
+  };
+};
+
+/** A graph that `--dump-to` wrote, and the pass after which it stands. */
+export const resume = (path: string): { readonly graph: Graph; readonly point: ResumePoint } => {
+  const text = readText(path);
+  return { point: resumePoint(text, path), graph: parseGraph(text, path) };
+};
+
+const readText = (path: string): string => {
+  try {
+    return readFileSync(path, "utf8");
+  } catch (error) {
+    throw new UserError(`${path}: ${(error as Error).message}`);
+  }
+};
+
+/** Tokenizer files that a model has. */
+export const tokenizerPaths = (
+  model: Model,
+  names: readonly string[],
+): readonly { readonly name: string; readonly path: string }[] =>
+  names
+    .map((name) => ({ name, path: join(model.directory ?? "", name) }))
+    .filter(({ path }) => model.directory !== undefined && statSync(path, { throwIfNoEntry: false })?.isFile() === true);

@@ -1,0 +1,119 @@
+import { spawn, spawnSync } from "node:child_process";
+import { createHash } from "node:crypto";
+import { existsSync, mkdirSync, readdirSync, readFileSync, renameSync, rmSync, statSync, writeFileSync } from "node:fs";
+import { join, resolve } from "node:path";
+import type { Manifest } from "../ir/bundle.ts";
+import { UserError } from "../ir/error.ts";
+import type { Progress } from "./progress.ts";
+
+/** What a bundle is once built on this machine. */
+export interface NativeBuild {
+  readonly runner: string;
+  readonly attention: string;
+  readonly ffn?: string;
+}
+
+/**
+ * Builds the runtime and the programs of a bundle with CMake, each once per content and toolchain, in `<bundle>.build/`
+ * (or under STEP3C_BUILD_DIR, which many bundles may share). Needs cmake and a C++20 compiler; says so when one is missing.
+ */
+export const buildBundle = async (bundle: string, manifest: Manifest, progress: Progress): Promise<NativeBuild> => {
+  const toolchain = findToolchain();
+  const root = process.env.STEP3C_BUILD_DIR ?? `${resolve(bundle)}.build`;
+  mkdirSync(root, { recursive: true });
+  const built = async (part: string, product: string): Promise<string> => {
+    const source = join(bundle, part);
+    const key = createHash("sha256").update(toolchain.id).update(treeHash(source)).digest("hex").slice(0, 16);
+    const directory = join(root, `${part.replace("/", "-")}-${key}`);
+    const file = join(directory, product);
+    if (!existsSync(file)) await cmake(source, directory, toolchain, progress, part);
+    if (!existsSync(file)) throw new UserError(`building ${source} gave no ${product}: see ${join(directory, "build.log")}`, 3);
+    return file;
+  };
+  // One after the other: each build already uses all cores.
+  const runner = await built("runtime", "step3-run");
+  const attention = await built("programs/attention", "libprogram.so");
+  const hasFfn = manifest.programs.some((p) => p.role === "ffn");
+  return hasFfn ? { runner, attention, ffn: await built("programs/ffn", "libprogram.so") } : { runner, attention };
+};
+
+interface Toolchain {
+  readonly id: string;
+  readonly compiler: string;
+}
+
+const findToolchain = (): Toolchain => {
+  const cmakeVersion = versionOf("cmake");
+  if (cmakeVersion === undefined)
+    throw new UserError("cmake was not found on PATH; install it (Debian: apt-get install cmake) and run again", 1);
+  const compiler = process.env.CXX ?? ["c++", "g++", "clang++"].find((name) => versionOf(name) !== undefined);
+  const compilerVersion = compiler === undefined ? undefined : versionOf(compiler);
+  if (compiler === undefined || compilerVersion === undefined)
+    throw new UserError(
+      `no C++ compiler was found (${compiler ?? "c++, g++, clang++"}); install one with C++20 (Debian: apt-get install g++) or set CXX, and run again`,
+      1,
+    );
+  return { id: `${cmakeVersion}\n${compilerVersion}`, compiler };
+};
+
+const versionOf = (command: string): string | undefined => {
+  const result = spawnSync(command, ["--version"], { encoding: "utf8" });
+  return result.status === 0 ? result.stdout.split("\n")[0] : undefined;
+};
+
+const treeHash = (directory: string): Buffer => {
+  const hash = createHash("sha256");
+  const visit = (path: string, name: string): void => {
+    if (statSync(path).isDirectory()) for (const entry of readdirSync(path).sort()) visit(join(path, entry), `${name}/${entry}`);
+    else hash.update(`${name}\0`).update(readFileSync(path));
+  };
+  visit(directory, "");
+  return hash.digest();
+};
+
+const cmake = async (
+  source: string,
+  directory: string,
+  toolchain: Toolchain,
+  progress: Progress,
+  part: string,
+): Promise<void> => {
+  progress.phase(`building ${part} with ${toolchain.compiler}`);
+  const work = `${directory}.${process.pid}`;
+  rmSync(work, { recursive: true, force: true });
+  mkdirSync(work, { recursive: true });
+  const log: string[] = [];
+  const step = (args: string[]): Promise<number> =>
+    new Promise((done, fail) => {
+      const child = spawn("cmake", args, { stdio: ["ignore", "pipe", "pipe"] });
+      for (const stream of [child.stdout, child.stderr]) stream.on("data", (data: Buffer) => log.push(data.toString()));
+      child.on("error", fail);
+      child.on("close", (code) => done(code ?? 1));
+    });
+  const configure = [
+    "-S",
+    resolve(source),
+    "-B",
+    work,
+    "-DCMAKE_BUILD_TYPE=Release",
+    `-DCMAKE_CXX_COMPILER=${toolchain.compiler}`,
+  ];
+  const code = (await step(configure)) || (await step(["--build", work, "--parallel"]));
+  const text = log.join("");
+  writeFileSync(join(work, "build.log"), text);
+  if (code !== 0) {
+    const kept = `${directory}.failed`;
+    rmSync(kept, { recursive: true, force: true });
+    renameSync(work, kept);
+    const first = text.split("\n").find((line) => /\berror\b|CMake Error/i.test(line)) ?? "no error line";
+    throw new UserError(`building ${part} failed: ${first.trim()} (the whole log: ${join(kept, "build.log")})`, 3);
+  }
+  try {
+    renameSync(work, directory);
+  } catch (error) {
+    // Another process finished the same build first: its result is as good.
+    if (!existsSync(directory)) throw error;
+    rmSync(work, { recursive: true, force: true });
+  }
+  progress.end();
+};

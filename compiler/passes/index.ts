@@ -1,0 +1,31 @@
+/** The passes in their order, and why it is this one. */
+import type { Pass } from "../pass.ts";
+import { dead } from "./dead.ts";
+import { fold } from "./fold.ts";
+import { fuse } from "./fuse.ts";
+import { partition } from "./partition.ts";
+import { type Precision, quantise } from "./quantise.ts";
+import { shard } from "./shard.ts";
+
+export interface PassesOptions {
+  readonly precision: Precision;
+  readonly kv: Precision;
+  /** FFN ranks; 0 leaves everything on the attention side */
+  readonly ffn: number;
+  /** `ep`, `tp` or `epXtpY` */
+  readonly split: string;
+}
+
+export const passes = ({ precision, kv, ffn, split }: PassesOptions): readonly Pass[] => [
+  // first, so that all that follows sees each thing once
+  fold,
+  // before the partition, which weighs the bytes that cross: quantised tokens are smaller, and are quantised before they leave
+  quantise({ weights: precision, kv }),
+  partition({ ffnRanks: ffn }),
+  // needs to know which ops are on the FFN side
+  shard({ ranks: ffn, split }),
+  // last of those that change what is computed where: a kernel never spans sides or ranks
+  fuse,
+  // constants that went into kernels
+  dead,
+];

@@ -1,0 +1,117 @@
+/**
+ * The precision policies. `fp8`: every linear but those marked `keep` (router, head) takes e4m3 weights with a scale for each 128x128
+ * block and an input quantised per row and 128 columns; codes and scales that a checkpoint stores in the same blocks pass through.
+ * `int8`: a scale for each row of a weight, and one for each row of an input. KV `fp8`, `int8`: a scale for each token and head.
+ * An input is quantised once, whatever number of linears take it.
+ */
+import { rewrite } from "../../ir/build.ts";
+import type { Graph, Value, WeightSource } from "../../ir/graph.ts";
+import { isFloat, type KvType, type TensorType, tensor } from "../../ir/type.ts";
+import type { Pass } from "../pass.ts";
+import { contraction } from "./contraction.ts";
+import { withoutDead } from "./dead.ts";
+import { freshNames } from "./flow.ts";
+
+export type Precision = "bf16" | "fp8" | "int8";
+
+export interface QuantiseOptions {
+  readonly weights: Precision;
+  readonly kv: Precision;
+}
+
+const codesOf: Readonly<Record<"fp8" | "int8", "e4m3" | "i8">> = { fp8: "e4m3", int8: "i8" };
+
+/** Rows and columns of a weight with `columns` columns that share a scale. */
+const blockOf = (policy: "fp8" | "int8", columns: number): readonly [number, number] =>
+  policy === "fp8" ? [128, 128] : [1, columns];
+
+/** Where the codes and scales of a quantised weight come from: the checkpoint's own when its blocks are these. */
+const quantised = (
+  source: WeightSource,
+  to: "e4m3" | "i8",
+  block: readonly [number, number],
+): { readonly codes: WeightSource; readonly scales: WeightSource } => {
+  if (source.kind === "dequantised" && to === "e4m3" && source.slice === undefined && String(source.block) === String(block))
+    return { codes: { kind: "tensor", tensor: source.tensor }, scales: { kind: "tensor", tensor: source.scales } };
+  return { codes: { kind: "codes", of: source, to, block }, scales: { kind: "scales", of: source, to, block } };
+};
+
+/** The graph with another dtype in its states; the ops that fill them do not fit yet. */
+const withStates = (g: Graph, dtype: "e4m3" | "i8"): Graph => {
+  const now = new Map<Value, Value>();
+  const retype = (v: Value): Value => {
+    if (v.type.kind !== "kv" || v.type.dtype === "e4m3" || v.type.dtype === "i8") return v;
+    const known = now.get(v) ?? { name: v.name, type: { ...v.type, dtype } };
+    now.set(v, known);
+    return known;
+  };
+  return {
+    ...g,
+    states: g.states.map(retype),
+    ops: g.ops.map((op) =>
+      [...op.inputs, ...op.outputs].some((v) => v.type.kind === "kv")
+        ? { ...op, inputs: op.inputs.map(retype), outputs: op.outputs.map(retype) }
+        : op,
+    ),
+    outputs: g.outputs.map(retype),
+  };
+};
+
+export const quantise = (options: QuantiseOptions): Pass => ({
+  name: "quantise",
+  after: ["fold"],
+  run(g, context) {
+    const { weights: policy, kv } = options;
+    if (policy === "bf16" && kv === "bf16") return g;
+    const fresh = freshNames(g);
+    const weights = new Map(g.weights.map((w) => [w.value.name, w]));
+    const inputs = new Map<string, readonly Value[]>();
+    const stored = new Map<string, readonly Value[]>();
+    const cached = kv !== "bf16" && g.states.length > 0 && context.apply();
+
+    const result = rewrite(cached ? withStates(g, codesOf[kv]) : g, (op, b) => {
+      /** Codes and scales of an activation; equal requests share one op. */
+      const codes = (x: Value, to: "e4m3" | "i8", group: number): readonly Value[] => {
+        const key = `${to} ${group} ${x.name}`;
+        const known = inputs.get(key);
+        if (known) return known;
+        const attrs = group === 0 ? { to } : { to, group };
+        const made = b.ops("quantise", [x], attrs, [fresh(`${x.name}_codes`), fresh(`${x.name}_scales`)]);
+        inputs.set(key, made);
+        return made;
+      };
+
+      if (op.kind === "kv_append" && cached && op.inputs.length === 5) {
+        const [state, k, v, pages, position] = op.inputs as readonly [Value, Value, Value, Value, Value];
+        const { dim } = state.type as KvType;
+        const to = codesOf[kv];
+        return b.ops("kv_append", [state, ...codes(k, to, dim), ...codes(v, to, dim), pages, position], op.attrs);
+      }
+
+      const c = contraction(op);
+      const weight = c === undefined ? undefined : weights.get(c.w.name);
+      if (c === undefined || weight === undefined || policy === "bf16") return undefined;
+      if (op.attrs.keep === true || c.ws !== undefined || !isFloat(weight.value.type.dtype) || !context.apply()) return undefined;
+      const shape = weight.value.type.shape as readonly number[];
+      const [rows, columns] = shape.slice(-2) as [number, number];
+      const block = blockOf(policy, columns);
+      const to = codesOf[policy];
+      let [w, ws] = stored.get(c.w.name) ?? [];
+      if (w === undefined || ws === undefined) {
+        const sources = quantised(weight.source, to, block);
+        const scales = [...shape.slice(0, -2), Math.ceil(rows / block[0]), Math.ceil(columns / block[1])];
+        w = b.weight(fresh(`${c.w.name}_codes`), tensor(to, shape), sources.codes);
+        ws = b.weight(fresh(`${c.w.name}_scales`), tensor("f32", scales), sources.scales);
+        stored.set(c.w.name, [w, ws]);
+      }
+      const x = codes(c.x, to, policy === "fp8" ? 128 : 0);
+      const first = op.attrs.first === undefined ? {} : { first: op.attrs.first };
+      const attrs = { to: (op.outputs[0]?.type as TensorType).dtype, block, ...first };
+      return c.ids === undefined
+        ? b.ops("scaled_linear", [...x, w, ws], attrs)
+        : b.ops("scaled_grouped_linear", [...x, w, ws, c.ids], attrs);
+    });
+    return withoutDead(result);
+  },
+});
+

@@ -1,0 +1,52 @@
+import { bindSymbols, type Symbols } from "./bind.ts";
+import { UserError } from "./error.ts";
+import type { Graph, Op, Weight } from "./graph.ts";
+import { interpret } from "./interpret.ts";
+import type { Datum, KvState } from "./op.ts";
+import { knowledge } from "./ops/index.ts";
+import { rounder } from "./round.ts";
+import type { Tensor } from "./tensor.ts";
+
+/** An empty cache; `pageTokens` is the page size of the backend it stands for. */
+export const kvState = (pageTokens = 16): KvState => ({ kind: "kv", pageTokens, rows: new Map() });
+
+/**
+ * The reference interpreter: outputs by name. Double arithmetic, rounded to a value's dtype where the Graph defines a value.
+ * Symbols come from `symbols` and from the shapes of the inputs. States are changed in place. `observe` sees every op's results.
+ * Throws a UserError when an input, weight or state is missing or does not have its type.
+ */
+export const evaluate = (
+  graph: Graph,
+  inputs: ReadonlyMap<string, Tensor>,
+  weights: (w: Weight) => Tensor = literalWeight,
+  states: ReadonlyMap<string, KvState> = new Map(),
+  symbols: Symbols = new Map(),
+  observe?: (op: Op, results: readonly Datum[]) => void,
+): Map<string, Tensor> => {
+  const find = <D>(what: string, from: ReadonlyMap<string, D>, name: string): D => {
+    const found = from.get(name);
+    if (found === undefined) throw new UserError(`graph '${graph.name}': ${what} '${name}' is not given`);
+    return found;
+  };
+  const pairs: { name: string; type: Graph["inputs"][number]["type"]; datum: Datum }[] = [
+    ...graph.inputs.map((v) => ({ ...v, datum: find("input", inputs, v.name) })),
+    ...graph.states.map((v) => ({ ...v, datum: find("state", states, v.name) })),
+    ...graph.weights.map((w) => ({ ...w.value, datum: weights(w) })),
+  ];
+  const bound = bindSymbols(pairs, symbols);
+  const values = new Map<string, Datum>(pairs.map(({ name, datum }) => [name, datum]));
+  interpret(graph.ops, values, bound, knowledge, observe);
+  return new Map(graph.outputs.map((v) => [v.name, values.get(v.name) as Tensor]));
+};
+
+/** The weight of a graph that has its values in its text. */
+export const literalWeight = ({ value, source }: Weight): Tensor => {
+  if (source.kind !== "literal")
+    throw new UserError(`weight '${value.name}' comes from a checkpoint; its values are not in the graph`);
+  return {
+    kind: "tensor",
+    dtype: value.type.dtype,
+    shape: value.type.shape as readonly number[],
+    data: Float64Array.from(source.values, rounder(value.type.dtype)),
+  };
+};

@@ -1,0 +1,21 @@
+/** The public entry `step3c/ir`: what a program is, how it is written, checked and evaluated. */
+export type { Attr, Attrs } from "./attr.ts";
+export { bindSymbols, bytesOf, type ConcreteTensor, concrete, elements, type Symbols } from "./bind.ts";
+export { Builder, rewrite } from "./build.ts";
+export type * from "./bundle.ts";
+export * from "./dim.ts";
+export { type Case, type Draw, drawTensor, randomNumbers, sampleCase } from "./draw.ts";
+export { UserError } from "./error.ts";
+export { evaluate, kvState, literalWeight } from "./evaluate.ts";
+export type { Graph, Op, Place, Slice, Value, Weight, WeightSource } from "./graph.ts";
+export { canonicalJson, graphFromJson, graphToJson, type Json } from "./json.ts";
+export type { Build, Cost, Datum, Knowledge, KvRow, KvState, Rowwise, Sample } from "./op.ts";
+export { allKnowledge, inferTypes, knowledge } from "./ops/index.ts";
+export { parseGraph, parseType } from "./parse.ts";
+export { printGraph, printOp } from "./print.ts";
+export { decode, encode, floatCode, floatValue, nearestEven, rounder, roundTo } from "./round.ts";
+export * from "./scalar.ts";
+export type * from "./schedule.ts";
+export type { Tensor } from "./tensor.ts";
+export * from "./type.ts";
+export { type Locate, verify } from "./verify.ts";

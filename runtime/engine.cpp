@@ -1,0 +1,380 @@
+#include "engine.h"
+
+#include <algorithm>
+#include <cstring>
+#include <set>
+
+#include "error.h"
+#include "weights.h"
+
+namespace s3 {
+
+WeightsPool::Entry &WeightsPool::entry(const std::string &identity) {
+  const std::lock_guard lock(mutex_);
+  auto &e = entries_[identity];
+  if (!e) e = std::make_unique<Entry>();
+  return *e;
+}
+
+Engine::Engine(const Bundle &bundle, RankId rank, const EngineOptions &options, const s3_device *device, const s3_transport *transport,
+               WeightsPool *pool)
+    : bundle_(bundle), rank_(rank), options_(options), device_(device), transport_(transport), pool_(pool) {
+  trace.pid = bundle.number(rank);
+  trace.rank = say("rank ", rank.name(), " (", roleName(rank.role), ")");
+  for (const Schedule &s : bundle.schedules) {
+    Plan plan;
+    plan.schedule = &s;
+    plan.program = &s.program(rank);
+    trace.slots = std::max(trace.slots, s.slots);
+    plans_.push_back(std::move(plan));
+  }
+}
+
+Engine::~Engine() {
+  leave("it stopped");
+  if (dev_) device_->close(dev_);
+}
+
+void Engine::leave(const char *why) {
+  if (net_) transport_->close(net_, why);
+  net_ = nullptr;
+}
+
+void Engine::dev(int code, const char *doing) {
+  if (code == 0) return;
+  fail(code, "rank ", rank_.name(), ": ", doing, ": ", device_->error(dev_));
+}
+void Engine::net(int code) {
+  if (code == 0) return;
+  fail(code, transport_->error(net_));
+}
+
+void Engine::open() {
+  const std::string &library = rank_.role == Role::attention ? options_.program_attention : options_.program_ffn;
+  std::string options = say("{\"threads\":", options_.threads, ",\"spin\":", options_.spin);
+  if (!options_.isa.empty()) options += ",\"isa\":" + jsonText(options_.isa);
+  dev(device_->open(static_cast<int>(bundle_.number(rank_)), library.c_str(), (options + "}").c_str(), &dev_), "device");
+  dev(device_->queue(dev_, &queue_), "device queue");
+  allocate();
+  for (std::size_t i = 0; i < plans_.size(); i++) prepare(i);
+}
+
+void Engine::start() {
+  const std::int64_t from = now();
+  connect();
+  loadWeights();
+  stats.load_ns = now() - from;
+}
+
+s3_span Engine::alloc(std::uint64_t bytes, bool shared, const char *what) {
+  s3_span s{};
+  if (bytes > 0) dev(device_->alloc(dev_, bytes, 64, shared, &s), what);
+  s.bytes = bytes;
+  return s;
+}
+
+/// Weights and state are shared by all schedules; scratch too, since nothing in it outlives a round; the rest is each schedule's own.
+void Engine::allocate() {
+  constexpr std::uint64_t page = 4096;
+  std::array<std::uint64_t, regions> most{};
+  std::uint64_t exchange = 0;
+  for (const Plan &p : plans_) {
+    for (std::size_t r = 0; r < regions; r++) most[r] = std::max(most[r], p.program->memory[r]);
+    exchange += (p.program->memory[static_cast<std::size_t>(Region::exchange)] + page - 1) / page * page;
+  }
+  const auto bytes = [&](Region r) { return most[static_cast<std::size_t>(r)]; };
+  const s3_span state = alloc(bytes(Region::state), false, "memory for the KV cache");
+  const s3_span scratch = alloc(bytes(Region::scratch), false, "scratch memory");
+  const s3_span shared = alloc(exchange, true, "memory for exchanges");
+  std::uint64_t at = 0;
+  for (Plan &p : plans_) {
+    const auto own = [&](Region r) { return p.program->memory[static_cast<std::size_t>(r)]; };
+    const auto set = [&](Region r, s3_span s) { p.memory[static_cast<std::size_t>(r)] = s; };
+    set(Region::state, state);
+    set(Region::scratch, scratch);
+    set(Region::exchange, {shared.mem, shared.off + at, own(Region::exchange)});
+    at += (own(Region::exchange) + page - 1) / page * page;
+    set(Region::input, alloc(own(Region::input), false, "memory for inputs"));
+    set(Region::output, alloc(own(Region::output), false, "memory for outputs"));
+  }
+  const std::uint64_t weights = bytes(Region::weights);
+  s3_span region{};
+  if (weights > 0 && pool_ && (device_->caps & S3_DEVICE_SHARES_SPANS)) {
+    auto &entry = pool_->entry(say("memory of ", weightsIdentity(bundle_, *plans_.front().program)));
+    std::call_once(entry.once, [&] { entry.span = alloc(weights, false, "memory for weights"); });
+    region = entry.span;
+  } else {
+    region = alloc(weights, false, "memory for weights");
+  }
+  for (Plan &p : plans_) p.memory[static_cast<std::size_t>(Region::weights)] = region;
+}
+
+void Engine::loadWeights() {
+  // schedules share weights, but one may use some that another does not
+  const auto load = [&] {
+    std::set<std::string> done;
+    for (const Plan &p : plans_) {
+      RankProgram part;
+      part.rank = rank_;
+      for (const Buffer &b : p.program->buffers)
+        if (b.region == Region::weights && done.insert(b.name).second) part.buffers.push_back(b);
+      const s3_span region = p.memory[static_cast<std::size_t>(Region::weights)];
+      WeightsTarget target;
+      if (region.bytes > 0) target.direct = static_cast<std::uint8_t *>(device_->host(dev_, region));
+      target.write = [&](std::uint64_t offset, const std::uint8_t *bytes, std::uint64_t n) {
+        dev(device_->write(dev_, {region.mem, region.off + offset, n}, bytes), "writing weights");
+      };
+      s3::loadWeights(bundle_, part, target);
+    }
+  };
+  if (pool_ && (device_->caps & S3_DEVICE_SHARES_SPANS))
+    std::call_once(pool_->entry(say("bytes of ", weightsIdentity(bundle_, *plans_.front().program))).once, load);
+  else
+    load();
+}
+
+s3_span Engine::span(const Plan &plan, const Buffer &b) const {
+  const s3_span region = plan.memory[static_cast<std::size_t>(b.region)];
+  return {region.mem, region.off + b.offset, b.bytes};
+}
+std::uint8_t *Engine::host(const Plan &plan, const Buffer &b) const { return static_cast<std::uint8_t *>(device_->host(dev_, span(plan, b))); }
+
+void Engine::write(std::size_t schedule, const Buffer &b, const void *bytes, std::uint64_t n) {
+  if (n > b.bytes) fail(exit_internal, "writing ", n, " bytes into buffer '", b.name, "' of ", b.bytes);
+  s3_span s = span(plans_[schedule], b);
+  s.bytes = n;
+  if (n > 0) dev(device_->write(dev_, s, bytes), "writing inputs");
+}
+void Engine::read(std::size_t schedule, const Buffer &b, std::uint64_t offset, void *bytes, std::uint64_t n) {
+  if (offset > b.bytes || n > b.bytes - offset) fail(exit_internal, "reading ", n, " bytes at ", offset, " of buffer '", b.name, "' of ", b.bytes);
+  s3_span s = span(plans_[schedule], b);
+  s.off += offset;
+  s.bytes = n;
+  if (n > 0) dev(device_->read(dev_, bytes, s), "reading outputs");
+}
+
+std::uint32_t Engine::traceName(const std::string &name) {
+  for (std::uint32_t i = 0; i < trace.names.size(); i++)
+    if (trace.names[i] == name) return i;
+  trace.names.push_back(name);
+  return static_cast<std::uint32_t>(trace.names.size() - 1);
+}
+
+/// Segments out of the launches between two communication steps; under strict and trace every launch is one.
+void Engine::prepare(std::size_t index) {
+  Plan &plan = plans_[index];
+  const RankProgram &p = *plan.program;
+  const Schedule &schedule = *plan.schedule;
+  const bool attention = rank_.role == Role::attention;
+  plan.events.assign(p.steps.size(), 0);
+  plan.heads.resize(schedule.slots);
+  plan.push_head.assign(schedule.slots, -1);
+
+  std::vector<std::uint32_t> kernels;
+  for (const std::string &name : p.kernels) {
+    std::uint32_t kernel = 0;
+    dev(device_->kernel(dev_, name.c_str(), &kernel), say("schedule ", schedule.name).c_str());
+    kernels.push_back(kernel);
+  }
+
+  std::vector<std::vector<s3_span>> args;
+  std::vector<s3_launch> launches;
+  std::size_t first = 0;
+  const auto flush = [&] {
+    if (launches.empty()) return;
+    for (std::size_t i = 0; i < launches.size(); i++) {
+      launches[i].args = args[i].data();
+      launches[i].nargs = static_cast<std::uint32_t>(args[i].size());
+    }
+    Action a;
+    a.step = first;
+    a.count = launches.size();
+    a.name = traceName(p.kernels[p.steps[first].kernel]);
+    dev(device_->prepare(dev_, launches.data(), static_cast<std::uint32_t>(launches.size()), &a.segment), "preparing launches");
+    plan.actions.push_back(a);
+    launches.clear();
+    args.clear();
+  };
+  for (std::size_t i = 0; i < p.steps.size(); i++) {
+    const Step &s = p.steps[i];
+    if (s.op != Step::Op::launch) {
+      flush();
+      Action a;
+      a.op = s.op;
+      a.step = i;
+      a.name = traceName(say(stepName(s.op), ' ', schedule.types[s.type].name));
+      plan.actions.push_back(a);
+      continue;
+    }
+    if (launches.empty()) first = i;
+    std::vector<s3_span> spans;
+    for (const auto *list : {&s.in, &s.inout, &s.out})
+      for (const std::uint32_t b : *list) spans.push_back(span(plan, p.buffers[b]));
+    args.push_back(std::move(spans));
+    const Buffer &rows = p.buffers[s.rows];
+    launches.push_back({kernels[s.kernel], 0, nullptr, span(plan, rows), rows.segments, static_cast<std::uint32_t>(schedule.rows)});
+    if (attention && std::find(plan.heads[s.slot].begin(), plan.heads[s.slot].end(), s.rows) == plan.heads[s.slot].end())
+      plan.heads[s.slot].push_back(s.rows);
+    if (options_.strict || options_.trace) flush();
+  }
+  flush();
+
+  for (const Key &k : schedule.keys) {
+    if (!attention || !k.push || k.row != 0 || k.a != rank_.index) continue;
+    plan.push_head[k.slot] = static_cast<int>(k.source);
+    auto &heads = plan.heads[k.slot];
+    if (std::find(heads.begin(), heads.end(), k.source) == heads.end()) heads.push_back(k.source);
+  }
+
+  if (attention && options_.count) {
+    plan.counted.resize(schedule.exchanges.size(), std::vector<std::vector<Plan::Counted>>(schedule.slots));
+    for (std::uint32_t e = 0; e < schedule.exchanges.size(); e++)
+      for (const Field &f : schedule.types[schedule.exchanges[e]].push) {
+        if (!f.below) continue;
+        stats.counts.push_back({static_cast<std::uint32_t>(index), e, f.name, std::vector<std::uint64_t>(*f.below)});
+        for (const Key &k : schedule.keys)
+          if (k.push && k.a == rank_.index && k.f == 0 && k.field == f.name)
+            plan.counted[e][k.slot].push_back({k.source, stats.counts.size() - 1, f.row / f.width});
+      }
+  }
+
+  if (options_.strict) {
+    for (std::size_t r = 0; r < regions; r++)
+      if (plan.memory[r].bytes > 0 && !device_->host(dev_, plan.memory[r]))
+        fail(exit_usage, "--strict needs device memory that the host can read; run rank ", rank_.name(), " without it");
+    plan.strict = std::make_unique<Strict>(schedule, p, bundle_.manifest.attention, [this, index](const Buffer &b) { return host(plans_[index], b); });
+  }
+}
+
+void Engine::connect() {
+  std::string config = say("{\"attention\":", bundle_.manifest.attention, ",\"ffn\":", bundle_.manifest.ffn, ",\"session\":", jsonText(options_.session),
+                           ",\"spin\":", options_.spin, ",\"timeout_ms\":", options_.meet_ms, ",\"schedules\":[");
+  for (std::size_t i = 0; i < plans_.size(); i++) config += say(i ? "," : "", "{\"slots\":", plans_[i].schedule->slots, "}");
+  net(transport_->open((config + "]}").c_str(), bundle_.number(rank_), bundle_.manifest.wire.data(), dev_, device_, &net_));
+  const bool attention = rank_.role == Role::attention;
+  for (std::size_t i = 0; i < plans_.size(); i++) {
+    const Plan &plan = plans_[i];
+    for (const Key &k : plan.schedule->keys) {
+      if ((attention ? k.a : k.f) != rank_.index) continue;
+      const bool outgoing = k.push == attention;
+      s3_key key{};
+      key.key = k.key;
+      key.schedule = static_cast<std::uint32_t>(i);
+      key.slot = k.slot;
+      key.peer = attention ? bundle_.manifest.attention + k.f : k.a;
+      key.outgoing = outgoing;
+      key.types = k.types;
+      key.row = k.row;
+      key.memory = span(plan, plan.program->buffers[outgoing ? k.source : k.target]);
+      if (!attention) key.memory.off += k.a * k.bytes;
+      key.memory.bytes = k.bytes;
+      net(transport_->bind(net_, &key));
+    }
+  }
+  net(transport_->start(net_));
+}
+
+s3_round Engine::agree(const s3_wish &wish) {
+  const std::int64_t from = now();
+  s3_round round{};
+  net(transport_->agree(net_, &wish, &round, 0));
+  const std::int64_t to = now();
+  stats.agree_ns += to - from;
+  if (options_.trace) trace.events.push_back({traceName("agree"), trace.slots, round.round, -1, -1, from, to});
+  if (!round.stop && round.schedule >= plans_.size())
+    fail(exit_peer, "rank ", rank_.name(), ": round ", round.round, " announces schedule ", round.schedule, ", the bundle has ", plans_.size());
+  return round;
+}
+
+void Engine::header(const Plan &plan, std::uint32_t buffer, const s3_head &head) {
+  s3_span s = span(plan, plan.program->buffers[buffer]);
+  s.bytes = sizeof head;
+  dev(device_->write(dev_, s, &head), "writing a header");
+}
+
+/// Counts values of the fields that an exchange pushes, over the rows that are there.
+void Engine::count(const Plan &plan, std::uint32_t exchange, std::uint32_t slot, std::uint32_t rows) {
+  for (const Plan::Counted &c : plan.counted[exchange][slot]) {
+    ids_.resize(c.per_row * rows);
+    s3_span s = span(plan, plan.program->buffers[c.buffer]);
+    s.bytes = ids_.size() * sizeof(std::int32_t);
+    if (s.bytes == 0) continue;
+    dev(device_->read(dev_, ids_.data(), s), "reading a field");
+    auto &counts = stats.counts[c.count].rows;
+    for (const std::int32_t id : ids_)
+      if (id >= 0 && static_cast<std::size_t>(id) < counts.size()) counts[static_cast<std::size_t>(id)]++;
+  }
+}
+
+void Engine::run(const s3_round &round, const std::vector<std::uint32_t> &rows) {
+  Plan &plan = plans_[round.schedule];
+  const RankProgram &p = *plan.program;
+  const auto exchanges = static_cast<std::uint64_t>(plan.schedule->exchanges.size());
+  Strict *strict = plan.strict.get();
+  if (strict) strict->begin();
+  s3_head head{};
+  head.magic = S3_MAGIC;
+  head.abi = S3_ABI;
+  head.round = round.round;
+  head.schedule = round.schedule;
+  for (std::uint32_t m = 0; m < plan.heads.size(); m++) {
+    head.slot = m;
+    head.rows = m < rows.size() ? rows[m] : 0;
+    if (head.rows > plan.schedule->rows) fail(exit_internal, "slot ", m, " of ", plan.schedule->rows, " rows gets ", head.rows);
+    for (const std::uint32_t b : plan.heads[m]) header(plan, b, head);
+  }
+
+  s3_event last = 0;
+  for (const Action &a : plan.actions) {
+    const Step &s = p.steps[a.step];
+    const std::int64_t from = now();
+    s3_exchange x{round.schedule, s.exchange, s.type, s.slot, round.round * exchanges + s.exchange + 1};
+    const s3_event after = s.after >= 0 ? plan.events[static_cast<std::size_t>(s.after)] : 0;
+    switch (a.op) {
+      case Step::Op::launch:
+        if (strict) strict->beforeLaunch(a.step);
+        dev(device_->submit(queue_, a.segment, &last), "launching");
+        for (std::size_t i = 0; i < a.count; i++) plan.events[a.step + i] = last;
+        if (strict) {
+          if (last) dev(device_->wait(dev_, last, 0), "running");
+          strict->afterLaunch(a.step);
+        }
+        break;
+      case Step::Op::post:
+        head.slot = s.slot;
+        head.exchange = s.exchange;
+        head.sequence = x.sequence;
+        head.rows = s.slot < rows.size() ? rows[s.slot] : 0;
+        header(plan, static_cast<std::uint32_t>(plan.push_head[s.slot]), head);
+        if (strict) strict->beforePost(a.step);
+        net(transport_->post(net_, &x, after));
+        if (options_.count) count(plan, s.exchange, s.slot, head.rows);
+        break;
+      case Step::Op::wait:
+        net(transport_->await(net_, &x, nullptr, options_.step_ms));
+        if (strict) strict->afterWait(a.step);
+        break;
+      case Step::Op::accept:
+        if (strict) strict->beforeAccept(a.step);
+        net(transport_->accept(net_, &x, s.peer, nullptr, options_.step_ms));
+        if (strict) strict->afterAccept(a.step);
+        break;
+      case Step::Op::reply:
+        if (strict) strict->beforeReply(a.step);
+        net(transport_->reply(net_, &x, s.peer, after));
+        break;
+    }
+    const std::int64_t to = now();
+    (a.op == Step::Op::launch                                 ? stats.compute_ns
+     : a.op == Step::Op::wait || a.op == Step::Op::accept ? stats.wait_ns
+                                                              : stats.send_ns) += to - from;
+    if (options_.trace)
+      trace.events.push_back({a.name, s.slot, round.round, a.op == Step::Op::launch ? -1 : static_cast<std::int32_t>(s.exchange),
+                              static_cast<std::int32_t>(a.step), from, to});
+  }
+  if (last) dev(device_->wait(dev_, last, 0), "running");
+  if (strict) strict->end();
+  stats.rounds++;
+}
+
+}  // namespace s3
