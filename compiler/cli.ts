@@ -6,6 +6,7 @@ import { UserError } from "../ir/error.ts";
 import { readManifest } from "./bundle.ts";
 import { checkBundle } from "./check_bundle.ts";
 import { type CompileOptions, compile } from "./compile.ts";
+import { type EvalOptions, evalGraph } from "./eval.ts";
 import { generate, type Prompt, type RunnerOptions, score, windows } from "./generate.ts";
 import { inspect } from "./inspect.ts";
 import { progressOn } from "./progress.ts";
@@ -151,6 +152,23 @@ runner(program.command("score").description("teacher-forced logits and perplexit
     process.stdout.write(
       options.json ? `${JSON.stringify(summary)}\n` : `perplexity ${total.perplexity.toFixed(4)} over ${total.count} tokens\n`,
     );
+  });
+
+program
+  .command("eval")
+  .description("run a graph once on given inputs")
+  .argument("<graph>", "file.step3")
+  .option(
+    "--input <name=file>",
+    "an input, a .npy file (once for each input)",
+    (text: string, all: string[]) => [...all, text],
+    [] as string[],
+  )
+  .requiredOption("--out <dir>", "where to write <output name>.npy")
+  .option("--target <target>", "reference (the interpreter) or a target", "cpp")
+  .addOption(new Option("--isa <name>", "instruction set to force").choices(["baseline", "avx2", "avx512", "amx"]))
+  .action(async (graph: string, options: EvalOptions) => {
+    process.stdout.write(await evalGraph(graph, options, progress));
   });
 
 program

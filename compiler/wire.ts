@@ -1,6 +1,7 @@
 /** The wire contract: what two sides must agree on to talk. Kernels, buffers and offsets are not in it, so one side can be rebuilt alone. */
 import { createHash } from "node:crypto";
 import type { Manifest } from "../ir/bundle.ts";
+import { canonicalJson, type Json } from "../ir/json.ts";
 import type { Field, Schedule } from "../ir/schedule.ts";
 
 /** What the contract takes from the manifest. */
@@ -26,8 +27,8 @@ export const withWire = (facts: WireFacts, schedules: readonly Schedule[]): read
   return schedules.map((s) => ({ ...s, wire }));
 };
 
-const exchangesOf = (s: Schedule): unknown => {
-  const field = ({ name, dtype, shape, bytes }: Field): unknown => ({ name, dtype, shape, bytes });
+const exchangesOf = (s: Schedule): Json => {
+  const field = ({ name, dtype, shape, bytes }: Field): Json => ({ name, dtype, shape, bytes });
   return {
     name: s.name,
     slots: s.slots,
@@ -37,13 +38,4 @@ const exchangesOf = (s: Schedule): unknown => {
     keys: s.keys.map(({ key, direction, a, f, slot, field: name }) => ({ key, direction, a, f, slot, field: name })),
     order: (s.programs[0]?.steps ?? []).flatMap((step) => (step.op === "post" ? [[step.slot, step.exchange]] : [])),
   };
-};
-
-/** JSON with sorted keys and no blanks, so that equal contents are equal bytes. */
-export const canonicalJson = (value: unknown): string => {
-  if (Array.isArray(value)) return `[${value.map(canonicalJson).join(",")}]`;
-  if (value === null || typeof value !== "object") return JSON.stringify(value) ?? "null";
-  const entries = Object.entries(value).filter(([, v]) => v !== undefined);
-  entries.sort(([a], [b]) => (a < b ? -1 : a > b ? 1 : 0));
-  return `{${entries.map(([k, v]) => `${JSON.stringify(k)}:${canonicalJson(v)}`).join(",")}}`;
 };

@@ -277,7 +277,8 @@ export const rewrite = (g: Graph, rule: (op: Op, b: Builder) => readonly Value[]
   const values = new Map<string, Value>();
   for (const v of [...g.inputs, ...g.states, ...g.weights.map((w) => w.value)]) values.set(v.name, v);
   for (const original of g.ops) {
-    const op = { ...original, inputs: original.inputs.map((v) => values.get(v.name) ?? v) };
+    const inputs = original.inputs.map((v) => values.get(v.name) ?? v);
+    const op = inputs.every((v, i) => v === original.inputs[i]) ? original : { ...original, inputs };
     for (const v of op.outputs) values.set(v.name, v);
     const seen = { ...op, inputs: op.inputs.map((v) => b.resolve(v)) };
     b.at(op.origin);

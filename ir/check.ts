@@ -92,12 +92,21 @@ export const checkShared = (schedules: readonly Schedule[]): string | undefined 
   const [first, ...others] = schedules;
   for (const other of others)
     for (const [i, p] of (first?.programs ?? []).entries()) {
-      const fixed = (q: RankProgram | undefined): Buffer[] => (q?.buffers ?? []).filter((b) => b.region === "weights" || b.region === "state");
+      const fixed = (q: RankProgram | undefined): Buffer[] =>
+        (q?.buffers ?? []).filter((b) => b.region === "weights" || b.region === "state");
       const mine = fixed(p);
       const theirs = fixed(other.programs[i]);
       for (let k = 0; k < Math.max(mine.length, theirs.length); k++) {
         const [b, c] = [mine[k], theirs[k]];
-        if (!b || !c || b.name !== c.name || b.offset !== c.offset || b.bytes !== c.bytes || b.region !== c.region || b.binds !== c.binds)
+        if (
+          !b ||
+          !c ||
+          b.name !== c.name ||
+          b.offset !== c.offset ||
+          b.bytes !== c.bytes ||
+          b.region !== c.region ||
+          b.binds !== c.binds
+        )
           return `${p.rank.name}: ${b ? placeText(b) : "nothing"} in schedule ${first?.name}, ${c ? placeText(c) : "nothing"} in ${other.name}`;
       }
     }
@@ -218,9 +227,15 @@ const isIndex = (n: unknown, below: number): n is number => typeof n === "number
 const readContext = (schedule: Schedule): Context => {
   const { slots, exchanges, types, keys, programs, symbols } = schedule;
   form(schedule.abi === 1, `abi ${String(schedule.abi)}: this checker knows abi 1`);
-  form([exchanges, types, keys, programs, symbols].every(Array.isArray), "exchanges, types, keys, programs or symbols are missing");
+  form(
+    [exchanges, types, keys, programs, symbols].every(Array.isArray),
+    "exchanges, types, keys, programs or symbols are missing",
+  );
   form(isIndex(slots, 257) && slots > 0, `${String(slots)} slots`);
-  form(programs.length > 0 && programs.length <= 512 && exchanges.length <= 1e5, `${programs.length} ranks, ${exchanges.length} exchanges`);
+  form(
+    programs.length > 0 && programs.length <= 512 && exchanges.length <= 1e5,
+    `${programs.length} ranks, ${exchanges.length} exchanges`,
+  );
   const attention = programs.filter((p) => p.rank.role === "attention").length;
   const ffn = programs.length - attention;
   programs.forEach(({ rank, buffers, steps, memory }, i) => {
@@ -228,11 +243,17 @@ const readContext = (schedule: Schedule): Context => {
     const role = i < attention ? "attention" : "ffn";
     const index = i < attention ? i : i - attention;
     form(rank.name === name && rank.role === role && rank.index === index, `rank ${i} is ${rank.name}, where ${name} is due`);
-    form(Array.isArray(buffers) && Array.isArray(steps) && typeof memory === "object" && memory !== null, `${name} lacks buffers, steps or memory`);
+    form(
+      Array.isArray(buffers) && Array.isArray(steps) && typeof memory === "object" && memory !== null,
+      `${name} lacks buffers, steps or memory`,
+    );
   });
   form(attention > 0, "no attention rank");
   form(exchanges.length === 0 || ffn > 0, `${exchanges.length} exchanges and no FFN rank`);
-  form(exchanges.length * slots * programs.length <= 5e6, `${exchanges.length} exchanges of ${slots} slots on ${programs.length} ranks`);
+  form(
+    exchanges.length * slots * programs.length <= 5e6,
+    `${exchanges.length} exchanges of ${slots} slots on ${programs.length} ranks`,
+  );
 
   const maxima = new Map<string, number>();
   for (const s of symbols) {
@@ -263,9 +284,13 @@ const readContext = (schedule: Schedule): Context => {
   const numbers = new Map<string, number>();
   const add = (field: Field, where: string): number => {
     const { name, dtype, shape, bytes } = field;
-    form(typeof name === "string" && dtypes.includes(dtype) && Array.isArray(shape), `${where}: field ${String(name)} is not well formed`);
+    form(
+      typeof name === "string" && dtypes.includes(dtype) && Array.isArray(shape),
+      `${where}: field ${String(name)} is not well formed`,
+    );
     const size = elements(shape) * dtypeBytes(dtype);
-    if (size !== bytes) throw new Rejected("length", [`${where}: field ${name} ${dtype}[${shape.join(",")}] has ${size} bytes, and says ${bytes}`]);
+    if (size !== bytes)
+      throw new Rejected("length", [`${where}: field ${name} ${dtype}[${shape.join(",")}] has ${size} bytes, and says ${bytes}`]);
     let n = numbers.get(name);
     if (n === undefined) {
       n = fields.push(field) - 1;
@@ -273,7 +298,9 @@ const readContext = (schedule: Schedule): Context => {
     }
     const known = fields[n] as Field;
     if (known.dtype !== dtype || known.shape.join() !== shape.join() || known.bytes !== bytes)
-      throw new Rejected("length", [`${where}: field ${name} ${dtype}[${shape.join(",")}] of ${bytes} bytes is ${known.dtype}[${known.shape.join(",")}] of ${known.bytes} in another exchange (K3)`]);
+      throw new Rejected("length", [
+        `${where}: field ${name} ${dtype}[${shape.join(",")}] of ${bytes} bytes is ${known.dtype}[${known.shape.join(",")}] of ${known.bytes} in another exchange (K3)`,
+      ]);
     return n;
   };
   const byName = new Map(types.map((t) => [t.name, t]));
@@ -285,10 +312,15 @@ const readContext = (schedule: Schedule): Context => {
   for (const t of types) {
     const list = pushed.get(t.name) as number[];
     const back = pulled.get(t.name) as number[];
-    form(new Set([...list, ...back]).size === list.length + back.length && back.every((n) => n >= pushes), `exchange ${t.name} names a field twice`);
+    form(
+      new Set([...list, ...back]).size === list.length + back.length && back.every((n) => n >= pushes),
+      `exchange ${t.name} names a field twice`,
+    );
     const last = t.push.at(-1);
     if (last?.name !== "head" || last.dtype !== "u8" || last.bytes !== headerBytes)
-      throw new Rejected("keys", [`exchange ${t.name}: the header, head u8[${headerBytes}], is not the last field pushed (K10, K11)`]);
+      throw new Rejected("keys", [
+        `exchange ${t.name}: the header, head u8[${headerBytes}], is not the last field pushed (K10, K11)`,
+      ]);
   }
   const head = numbers.get("head") ?? -1;
   const carries = new Uint8Array(exchanges.length * fields.length);
@@ -328,10 +360,14 @@ const readKeys = (
   const bind = (rank: string, part: string, buffer: string, use: WireUse, key: Schedule["keys"][number]): void => {
     const wire = wires.get(rank) as Map<string, WireUse>;
     const before = nameOf.get(`${rank} ${part}`);
-    if (before !== undefined && before !== buffer) bad(text(key), `${rank} ${use.own ? "sends" : "receives"} this tensor ${use.own ? "from" : "in"} ${before} elsewhere (K1)`);
+    if (before !== undefined && before !== buffer)
+      bad(text(key), `${rank} ${use.own ? "sends" : "receives"} this tensor ${use.own ? "from" : "in"} ${before} elsewhere (K1)`);
     const known = wire.get(buffer);
     if (before === undefined && known)
-      bad(text(key), `${rank} has ${buffer} already for s${known.slot} ${known.field.name}: a buffer of a key serves no other (K1, K2)`);
+      bad(
+        text(key),
+        `${rank} has ${buffer} already for s${known.slot} ${known.field.name}: a buffer of a key serves no other (K1, K2)`,
+      );
     if (before === undefined) {
       nameOf.set(`${rank} ${part}`, buffer);
       wire.set(buffer, use);
@@ -340,7 +376,10 @@ const readKeys = (
   keys.forEach((key, position) => {
     const { direction, a, f, slot, field: name } = key;
     const n = numbers.get(name);
-    form(isIndex(key.key, 2 ** 48) && typeof key.source === "string" && typeof key.target === "string", `key ${position} is not well formed`);
+    form(
+      isIndex(key.key, 2 ** 48) && typeof key.source === "string" && typeof key.target === "string",
+      `key ${position} is not well formed`,
+    );
     if (!isIndex(a, attention) || !isIndex(f, ffn) || !isIndex(slot, slots))
       return bad(`${text(key)}: there are ${attention} attention ranks, ${ffn} FFN ranks and ${slots} slots`);
     if (n === undefined || n < pushes !== (direction === "a2f")) return bad(`${text(key)}: no exchange carries ${name} this way`);
@@ -365,12 +404,16 @@ const readKeys = (
         const at = (n: number): number | undefined => seen.get(((a * ffn + f) * slots + slot) * fields.length + n);
         for (const n of used)
           if (at(n) === undefined)
-            bad(`s${slot} ${(fields[n] as Field).name} between a${a} and f${f} has no key: ${n < pushes ? `nothing fills it on f${f} (K2, K4)` : `nothing fills it on a${a} (K3, K4)`}`);
+            bad(
+              `s${slot} ${(fields[n] as Field).name} between a${a} and f${f} has no key: ${n < pushes ? `nothing fills it on f${f} (K2, K4)` : `nothing fills it on a${a} (K3, K4)`}`,
+            );
         for (const [type, list] of of.pushed)
           list.forEach((n, i) => {
             const next = list[i + 1];
             if (next !== undefined && (at(n) as number) > (at(next) as number))
-              bad(`exchange ${type} pushes ${(fields[n] as Field).name} before ${(fields[next] as Field).name}; the keys of a${a} f${f} s${slot} are in another order (header last, K10)`);
+              bad(
+                `exchange ${type} pushes ${(fields[n] as Field).name} before ${(fields[next] as Field).name}; the keys of a${a} f${f} s${slot} are in another order (header last, K10)`,
+              );
           });
       }
   return wires;
@@ -439,7 +482,9 @@ const examine = (program: RankProgram, context: Context, memory: Memory): Local 
     layout = layOut(program, context, alike?.layout);
     layouts.set(rank.name, layout);
   }
-  const uses = alike?.uses ?? (rank.role === "attention" ? examineAttention(program, context, layout) : examineFfn(program, context, layout));
+  const uses =
+    alike?.uses ??
+    (rank.role === "attention" ? examineAttention(program, context, layout) : examineFfn(program, context, layout));
   if (!alike) seen.set(rank.name, { layout, uses });
   const { takes, collision } = uses.protocol ? { takes: [], collision: undefined } : share(program, uses);
   const local: Local = { uses, memory: uses.misuse ?? collision, takes };
@@ -454,7 +499,11 @@ const sameNames = (a: readonly Buffer[], b: readonly Buffer[]): boolean => {
   for (let i = 0; i < a.length; i++) {
     const x = a[i] as Buffer;
     const y = b[i] as Buffer;
-    if (x !== y && (x.name !== y.name || x.region !== y.region || x.slot !== y.slot || x.bytes !== y.bytes || x.binds !== y.binds)) return false;
+    if (
+      x !== y &&
+      (x.name !== y.name || x.region !== y.region || x.slot !== y.slot || x.bytes !== y.bytes || x.binds !== y.binds)
+    )
+      return false;
   }
   return true;
 };
@@ -474,7 +523,8 @@ const layOut = (program: RankProgram, context: Context, alike: Layout | undefine
   const { rank, buffers, memory } = program;
   const wire = context.wires.get(rank.name) as ReadonlyMap<string, WireUse>;
   const segments = rank.role === "ffn" ? context.attention : 1;
-  for (const region of regionNames) form(isIndex(memory[region], 2 ** 53), `${rank.name}: memory of ${region} is ${String(memory[region])}`);
+  for (const region of regionNames)
+    form(isIndex(memory[region], 2 ** 53), `${rank.name}: memory of ${region} is ${String(memory[region])}`);
   const ids = new Map<string, number>();
   const wires: (WireUse | undefined)[] = [];
   const kept: Record<string, number[]> = { weights: [], state: [], exchange: [], input: [], output: [] };
@@ -496,26 +546,35 @@ const layOut = (program: RankProgram, context: Context, alike: Layout | undefine
       throw new Rejected("form", [`${rank.name}: buffer ${name} is not well formed`]);
     if (b.slot !== undefined && !isIndex(b.slot, context.slots))
       throw new Rejected("slot", [`${rank.name}: ${placeText(b)} is of slot ${b.slot}, of ${context.slots} slots`]);
-    if (offset % 64 !== 0 || offset + bytes > memory[region])
-      throw new Rejected("memory", [`${rank.name}: ${placeText(b)} does not lie at a multiple of 64 within the ${memory[region]} bytes of its region`]);
     const use = names.wires[id];
     if (use) sendable(rank.name, b, use, segments);
-    if (region === "weights" || region === "state") continue;
-    const size = context.elements(b.shape) * (widths[b.dtype] as number);
-    if (bytes !== size * b.segments || (b.segments !== 1 && b.segments !== segments))
-      throw new Rejected("length", [`${rank.name}: ${name} ${b.dtype}[${b.shape.join(",")}] in ${b.segments} segments has ${size * b.segments} bytes, and says ${bytes}`]);
+    if (region !== "weights" && region !== "state") {
+      const size = context.elements(b.shape) * (widths[b.dtype] as number);
+      if (bytes !== size * b.segments || (b.segments !== 1 && b.segments !== segments))
+        throw new Rejected("length", [
+          `${rank.name}: ${name} ${b.dtype}[${b.shape.join(",")}] in ${b.segments} segments has ${size * b.segments} bytes, and says ${bytes}`,
+        ]);
+    }
+    if (offset % 64 !== 0 || offset + bytes > memory[region])
+      throw new Rejected("memory", [
+        `${rank.name}: ${placeText(b)} does not lie at a multiple of 64 within the ${memory[region]} bytes of its region`,
+      ]);
   }
   for (const [name, use] of wire)
-    if (!names.ids.has(name)) throw new Rejected("keys", [`${rank.name} has no buffer ${name}, which a key of s${use.slot} ${use.field.name} names`]);
+    if (!names.ids.has(name))
+      throw new Rejected("keys", [`${rank.name} has no buffer ${name}, which a key of s${use.slot} ${use.field.name} names`]);
   for (const region in names.kept) apart(rank.name, buffers, names.kept[region] as readonly number[]);
   let weights = 0;
   for (const id of names.kept.weights as readonly number[]) {
     const b = buffers[id] as Buffer;
     if (b.offset !== weights || b.bytes % 64 !== 0 || b.binds === undefined)
-      throw new Rejected("weights", [`${rank.name}: ${placeText(b)} does not follow the weights before it, which end at ${weights}`]);
+      throw new Rejected("weights", [
+        `${rank.name}: ${placeText(b)} does not follow the weights before it, which end at ${weights}`,
+      ]);
     weights += b.bytes;
   }
-  if (memory.weights !== weights) throw new Rejected("weights", [`${rank.name}: ${weights} bytes of weights in a region of ${memory.weights}`]);
+  if (memory.weights !== weights)
+    throw new Rejected("weights", [`${rank.name}: ${weights} bytes of weights in a region of ${memory.weights}`]);
   return { context, memory, buffers, ids: names.ids, wires: names.wires, kept: names.kept };
 };
 
@@ -525,8 +584,14 @@ const widths: Readonly<Record<string, number>> = Object.fromEntries(dtypes.map((
 const sendable = (rank: string, b: Buffer, use: WireUse, segments: number): void => {
   const { field, slot } = use;
   const what = `${rank}: ${b.name}, ${use.own ? "source" : "target"} of s${slot} ${field.name}`;
-  if (b.region !== "exchange" || b.slot !== slot) throw new Rejected("keys", [`${what}, is of region ${b.region}, slot ${b.slot ?? "none"}`]);
-  if (b.dtype !== field.dtype || b.shape.join() !== field.shape.join() || b.segments !== segments || b.bytes !== field.bytes * segments)
+  if (b.region !== "exchange" || b.slot !== slot)
+    throw new Rejected("keys", [`${what}, is of region ${b.region}, slot ${b.slot ?? "none"}`]);
+  if (
+    b.dtype !== field.dtype ||
+    b.shape.join() !== field.shape.join() ||
+    b.segments !== segments ||
+    b.bytes !== field.bytes * segments
+  )
     throw new Rejected("length", [
       `${what}: ${b.segments} x ${b.dtype}[${b.shape.join(",")}], ${b.bytes / b.segments} bytes each; the field is ${segments} x ${field.dtype}[${field.shape.join(",")}], ${field.bytes} bytes each (K3)`,
     ]);
@@ -541,7 +606,10 @@ const apart = (rank: string, buffers: readonly Buffer[], kept: readonly number[]
   if (!sorted) list = [...kept].sort((x, y) => (buffers[x] as Buffer).offset - (buffers[y] as Buffer).offset);
   for (let i = 1; i < list.length; i++)
     if (at(i - 1).offset + at(i - 1).bytes > at(i).offset)
-      throw new Rejected("overlap", [`${rank}: ${placeText(at(i - 1))} and`, `${rank}: ${placeText(at(i))} live for the whole round and share memory`]);
+      throw new Rejected("overlap", [
+        `${rank}: ${placeText(at(i - 1))} and`,
+        `${rank}: ${placeText(at(i))} live for the whole round and share memory`,
+      ]);
 };
 
 /** Reading and writing of buffers whose memory is this rank's own business. */
@@ -568,7 +636,10 @@ class Accesses {
   /** The buffer's number; the launch and the buffer agree about the slot. */
   find(name: string, slot: number, at: number): number {
     const id = this.layout.ids.get(name);
-    if (id === undefined) throw new Rejected("form", [`${stepText(this.program, at)} names ${String(name)}, which ${this.program.rank.name} does not have`]);
+    if (id === undefined)
+      throw new Rejected("form", [
+        `${stepText(this.program, at)} names ${String(name)}, which ${this.program.rank.name} does not have`,
+      ]);
     const b = this.program.buffers[id] as Buffer;
     if (b.slot !== undefined && b.slot !== slot) this.blame("slot", at, `uses ${name} of s${b.slot}`);
     return id;
@@ -579,7 +650,9 @@ class Accesses {
     if ((this.first[id] as number) < 0) {
       const { region, name } = this.program.buffers[id] as Buffer;
       if (region === "scratch" || region === "output" || region === "exchange") {
-        const writer = this.program.steps.findIndex((s) => s.op === "launch" && (s.out.includes(name) || s.inout?.includes(name)));
+        const writer = this.program.steps.findIndex(
+          (s) => s.op === "launch" && (s.out.includes(name) || s.inout?.includes(name)),
+        );
         this.blame("unwritten", at, `reads ${name}, which ${writer < 0 ? "no step writes" : `step ${writer} writes only later`}`);
       }
     }
@@ -589,7 +662,8 @@ class Accesses {
   write(id: number, at: number): void {
     if ((this.first[id] as number) < 0) {
       const { region, name } = this.program.buffers[id] as Buffer;
-      if (region === "weights" || region === "input" || region === "state") this.blame("memory", at, `writes ${name} of region ${region}`);
+      if (region === "weights" || region === "input" || region === "state")
+        this.blame("memory", at, `writes ${name} of region ${region}`);
       this.first[id] = at;
       if (region === "scratch") this.order.push(id);
     }
@@ -607,7 +681,10 @@ class Accesses {
 }
 
 /** Scratch buffers in use at the same time share no memory. Gives who takes whose memory, and the first collision. */
-const share = (program: RankProgram, { first, last, order }: Uses): { readonly takes: readonly number[]; readonly collision: Rejected | undefined } => {
+const share = (
+  program: RankProgram,
+  { first, last, order }: Uses,
+): { readonly takes: readonly number[]; readonly collision: Rejected | undefined } => {
   const { buffers, rank } = program;
   // memory cut at every border; each piece knows the buffer that was last in it
   const starts = new Float64Array(order.length);
@@ -633,8 +710,12 @@ const share = (program: RankProgram, { first, last, order }: Uses): { readonly t
       owner[piece] = id;
       if (before < 0) continue;
       if ((last[before] as number) >= (first[id] as number) && !collision) {
-        const line = (n: number): string => `${rank.name}: ${placeText(buffers[n] as Buffer)} lives from step ${first[n]} to step ${last[n]}`;
-        collision = new Rejected("overlap", [`${line(before)} and`, `${line(id)}: they share memory, and nothing orders step ${last[before]} before step ${first[id]}`]);
+        const line = (n: number): string =>
+          `${rank.name}: ${placeText(buffers[n] as Buffer)} lives from step ${first[n]} to step ${last[n]}`;
+        collision = new Rejected("overlap", [
+          `${line(before)} and`,
+          `${line(id)}: they share memory, and nothing orders step ${last[before]} before step ${first[id]}`,
+        ]);
       }
       let known = false;
       for (let k = mine; k < takes.length && !known; k += 2) known = takes[k] === before;
@@ -669,14 +750,18 @@ class Events {
 
 const checkLaunch = (program: RankProgram, at: number, step: Step & { op: "launch" }, slots: number): void => {
   const lists = [step.in, step.out, step.inout ?? []];
-  form(typeof step.kernel === "string" && lists.every(Array.isArray) && typeof step.rows === "string", `${program.rank.name} step ${at}: a launch that is not well formed`);
+  form(
+    typeof step.kernel === "string" && lists.every(Array.isArray) && typeof step.rows === "string",
+    `${program.rank.name} step ${at}: a launch that is not well formed`,
+  );
   if (!isIndex(step.slot, slots)) throw new Rejected("slot", [`${stepText(program, at)}: there are ${slots} slots`]);
 };
 
 /** The step whose result a communication step follows: a launch of the slot, before it, and not before anything it sends is written. */
 const checkAfter = (program: RankProgram, at: number, after: number, slot: number, accesses: Accesses): void => {
   const launch = isIndex(after, at) ? program.steps[after] : undefined;
-  if (launch?.op !== "launch" || launch.slot !== slot) accesses.blame("unwritten", at, `starts after step ${String(after)}, which is no launch of s${slot} before it`);
+  if (launch?.op !== "launch" || launch.slot !== slot)
+    accesses.blame("unwritten", at, `starts after step ${String(after)}, which is no launch of s${slot} before it`);
 };
 
 const nothing = (found: Partial<Uses>): Uses => ({
@@ -712,7 +797,8 @@ const examineAttention = (program: RankProgram, context: Context, layout: Layout
   const next = new Int32Array(slots);
   const fresh = new Int32Array(slots * fields.length).fill(-1); // last write since the last post that carried it
   const arrived = new Int32Array(slots * fields.length).fill(-1);
-  const protocol = (rule: CheckRule, lines: readonly string[], partner?: Partner): Uses => nothing({ protocol: new Rejected(rule, lines, partner) });
+  const protocol = (rule: CheckRule, lines: readonly string[], partner?: Partner): Uses =>
+    nothing({ protocol: new Rejected(rule, lines, partner) });
 
   const read = (id: number, at: number, slot: number): void => {
     const use = layout.wires[id];
@@ -723,17 +809,29 @@ const examineAttention = (program: RankProgram, context: Context, layout: Layout
     if (use.own) {
       if (n !== head && (accesses.first[id] as number) < 0) accesses.read(id, at);
     } else if (e >= 0 && carries[e * fields.length + n] === 1)
-      accesses.blame("in flight", at, `reads ${program.buffers[id]?.name}`, `${stepText(program, postedAt[slot] as number)} has handed it to the FFN side, and no wait comes between`);
-    else if ((arrived[use.code] as number) < 0) accesses.blame("unwritten", at, `reads ${program.buffers[id]?.name}, which no exchange has filled yet`);
+      accesses.blame(
+        "in flight",
+        at,
+        `reads ${program.buffers[id]?.name}`,
+        `${stepText(program, postedAt[slot] as number)} has handed it to the FFN side, and no wait comes between`,
+      );
+    else if ((arrived[use.code] as number) < 0)
+      accesses.blame("unwritten", at, `reads ${program.buffers[id]?.name}, which no exchange has filled yet`);
   };
   const write = (id: number, at: number, slot: number): void => {
     const use = layout.wires[id];
     if (!use) return accesses.write(id, at);
     const n = use.code % fields.length;
     const e = posted[slot] as number;
-    if (!use.own || n === head) accesses.blame("memory", at, `writes ${program.buffers[id]?.name}, which ${use.own ? "the runtime" : "a peer"} writes`);
+    if (!use.own || n === head)
+      accesses.blame("memory", at, `writes ${program.buffers[id]?.name}, which ${use.own ? "the runtime" : "a peer"} writes`);
     if (e >= 0 && carries[e * fields.length + n] === 1)
-      accesses.blame("in flight", at, `writes ${program.buffers[id]?.name}`, `${stepText(program, postedAt[slot] as number)} still sends it, and no wait comes between (K1, K5)`);
+      accesses.blame(
+        "in flight",
+        at,
+        `writes ${program.buffers[id]?.name}`,
+        `${stepText(program, postedAt[slot] as number)} still sends it, and no wait comes between (K1, K5)`,
+      );
     if ((accesses.first[id] as number) < 0) accesses.first[id] = at;
     accesses.last[id] = at;
     fresh[use.code] = at;
@@ -759,21 +857,31 @@ const examineAttention = (program: RankProgram, context: Context, layout: Layout
       for (const name of step.out) write(accesses.find(name, slot, at), at, slot);
       continue;
     }
-    if (step.op !== "post" && step.op !== "wait") throw new Rejected("exchange", [`${stepText(program, at)} on an attention rank`]);
+    if (step.op !== "post" && step.op !== "wait")
+      throw new Rejected("exchange", [`${stepText(program, at)} on an attention rank`]);
     if (!isIndex(slot, slots)) return protocol("slot", [`${stepText(program, at)}: there are ${slots} slots`]);
     const e = step.exchange;
-    if (!isIndex(e, exchanges)) return protocol("exchange", [`${stepText(program, at)}: a slot has ${exchanges} exchanges, and no FFN rank takes part in this one`]);
+    if (!isIndex(e, exchanges))
+      return protocol("exchange", [
+        `${stepText(program, at)}: a slot has ${exchanges} exchanges, and no FFN rank takes part in this one`,
+      ]);
     const busy = posted[slot] as number;
     if (step.op === "wait") {
       if (busy !== e)
-        return protocol("slot", [`${stepText(program, at)}: ${busy < 0 ? `nothing is posted on s${slot}, so nothing fills it` : `s${slot} carries #${busy}, posted at step ${postedAt[slot]}`}`]);
+        return protocol("slot", [
+          `${stepText(program, at)}: ${busy < 0 ? `nothing is posted on s${slot}, so nothing fills it` : `s${slot} carries #${busy}, posted at step ${postedAt[slot]}`}`,
+        ]);
       posted[slot] = -1;
-      for (let n = pushes; n < fields.length; n++) if (carries[e * fields.length + n] === 1) arrived[slot * fields.length + n] = e;
+      for (let n = pushes; n < fields.length; n++)
+        if (carries[e * fields.length + n] === 1) arrived[slot * fields.length + n] = e;
       receives[slot * exchanges + e] = events.add(at, slot * exchanges + e, -1, 0);
       continue;
     }
     if (busy >= 0)
-      return protocol("slot", [`${stepText(program, postedAt[slot] as number)} and`, `${stepText(program, at)}: s${slot} is posted again, and no wait comes between`]);
+      return protocol("slot", [
+        `${stepText(program, postedAt[slot] as number)} and`,
+        `${stepText(program, at)}: s${slot} is posted again, and no wait comes between`,
+      ]);
     if (e !== next[slot])
       return protocol("exchange", [`${stepText(program, at)}: #${next[slot]} is due on s${slot}`], {
         rank: "f0",
@@ -783,13 +891,25 @@ const examineAttention = (program: RankProgram, context: Context, layout: Layout
         peer: rank.index,
         says: `is the next that f0 takes from ${rank.name} on s${slot}`,
       });
-    if (step.type !== context.exchanges[e]) return protocol("exchange", [`${stepText(program, at)}: exchange #${e} has the type ${context.exchanges[e]}`]);
+    if (step.type !== context.exchanges[e])
+      return protocol("exchange", [`${stepText(program, at)}: exchange #${e} has the type ${context.exchanges[e]}`]);
     checkAfter(program, at, step.after, slot, accesses);
     for (let n = 0; n < pushes; n++) {
       if (n === head || carries[e * fields.length + n] === 0) continue;
       const written = fresh[slot * fields.length + n] as number;
-      if (written < 0) accesses.blame("unwritten", at, `sends ${fields[n]?.name}, which no step writes ${e === 0 ? "before" : "after the post before"} it (K1)`);
-      else if (written > step.after) accesses.blame("unwritten", at, `starts after step ${step.after}`, `${stepText(program, written)} writes the ${fields[n]?.name} it sends`);
+      if (written < 0)
+        accesses.blame(
+          "unwritten",
+          at,
+          `sends ${fields[n]?.name}, which no step writes ${e === 0 ? "before" : "after the post before"} it (K1)`,
+        );
+      else if (written > step.after)
+        accesses.blame(
+          "unwritten",
+          at,
+          `starts after step ${step.after}`,
+          `${stepText(program, written)} writes the ${fields[n]?.name} it sends`,
+        );
       fresh[slot * fields.length + n] = -1;
     }
     posted[slot] = e;
@@ -798,7 +918,8 @@ const examineAttention = (program: RankProgram, context: Context, layout: Layout
     sends[slot * exchanges + e] = events.add(at, slot * exchanges + e, -1, 1);
   }
   for (let slot = 0; slot < slots; slot++) {
-    if ((posted[slot] as number) >= 0) return protocol("slot", [`${stepText(program, postedAt[slot] as number)} is never waited for: s${slot} does not end free`]);
+    if ((posted[slot] as number) >= 0)
+      return protocol("slot", [`${stepText(program, postedAt[slot] as number)} is never waited for: s${slot} does not end free`]);
     if ((next[slot] as number) < exchanges)
       return protocol("exchange", [`${rank.name} ends after ${next[slot]} of the ${exchanges} exchanges of s${slot}`], {
         rank: "f0",
@@ -834,12 +955,19 @@ const examineFfn = (program: RankProgram, context: Context, layout: Layout): Use
   const lastReplied = new Int32Array(slots * fields.length).fill(-1);
   const lastRead = new Int32Array(codes * fields.length).fill(-1);
   const rewrites: number[] = [];
-  const protocol = (rule: CheckRule, lines: readonly string[], partner?: Partner): Uses => nothing({ protocol: new Rejected(rule, lines, partner) });
+  const protocol = (rule: CheckRule, lines: readonly string[], partner?: Partner): Uses =>
+    nothing({ protocol: new Rejected(rule, lines, partner) });
   const missing = (slot: number, table: Int32Array): number => {
     for (let a = 0; a < attention; a++) if (table[a * codes + slot * exchanges + (next[slot] as number)] === -1) return a;
     return -1;
   };
-  const stuck = (slot: number, a: number): Partner => ({ rank: `a${a}`, op: "wait", slot, exchange: next[slot] as number, says: "waits for that reply forever" });
+  const stuck = (slot: number, a: number): Partner => ({
+    rank: `a${a}`,
+    op: "wait",
+    slot,
+    exchange: next[slot] as number,
+    says: "waits for that reply forever",
+  });
 
   const read = (id: number, at: number, slot: number): void => {
     const use = layout.wires[id];
@@ -849,7 +977,11 @@ const examineFfn = (program: RankProgram, context: Context, layout: Layout): Use
     const n = use.code % fields.length;
     const partly = e < exchanges && (accepted[slot] as number) < attention && (accepted[slot] as number) > 0;
     if (partly && carries[e * fields.length + n] === 1)
-      return accesses.blame("unwritten", at, `reads ${program.buffers[id]?.name} of s${slot} #${e}, not yet accepted from a${missing(slot, receives)}`);
+      return accesses.blame(
+        "unwritten",
+        at,
+        `reads ${program.buffers[id]?.name} of s${slot} #${e}, not yet accepted from a${missing(slot, receives)}`,
+      );
     const v = version[use.code] as number;
     if (v < 0) return accesses.blame("unwritten", at, `reads ${program.buffers[id]?.name}, which no exchange has filled yet`);
     lastRead[(slot * exchanges + v) * fields.length + n] = at;
@@ -887,24 +1019,36 @@ const examineFfn = (program: RankProgram, context: Context, layout: Layout): Use
     const e = step.exchange;
     const a = step.op === "accept" ? step.from : step.to;
     if (!isIndex(a, attention)) return protocol("exchange", [`${stepText(program, at)}: there are ${attention} attention ranks`]);
-    if (!isIndex(e, exchanges)) return protocol("exchange", [`${stepText(program, at)}: a slot has ${exchanges} exchanges, and nothing fills this one`]);
+    if (!isIndex(e, exchanges))
+      return protocol("exchange", [`${stepText(program, at)}: a slot has ${exchanges} exchanges, and nothing fills this one`]);
     const due = next[slot] as number;
     const code = slot * exchanges + e;
     if (step.op === "accept") {
       const lacks = (replied[slot] as number) > 0 || (accepted[slot] as number) === attention ? missing(slot, sends) : -1;
       if (e !== due && lacks >= 0)
-        return protocol("exchange", [`${stepText(program, at)}, and s${slot} #${due} has no reply to a${lacks}`], stuck(slot, lacks));
+        return protocol(
+          "exchange",
+          [`${stepText(program, at)}, and s${slot} #${due} has no reply to a${lacks}`],
+          stuck(slot, lacks),
+        );
       if (e !== due) {
         const from = (accepted[slot] as number) > 0 ? missing(slot, receives) : a;
-        return protocol("exchange", [`${stepText(program, at)}: s${slot} #${due} from a${from} is due first${e < due ? ", and nothing fills this one again" : ""}`], {
-          rank: `a${from}`,
-          op: "post",
-          slot,
-          exchange: due,
-          says: `is not accepted by ${rank.name} before it`,
-        });
+        return protocol(
+          "exchange",
+          [
+            `${stepText(program, at)}: s${slot} #${due} from a${from} is due first${e < due ? ", and nothing fills this one again" : ""}`,
+          ],
+          {
+            rank: `a${from}`,
+            op: "post",
+            slot,
+            exchange: due,
+            says: `is not accepted by ${rank.name} before it`,
+          },
+        );
       }
-      if (receives[a * codes + code] !== -1) return protocol("exchange", [`${stepText(program, at)}: it was accepted already, and nothing fills it again`]);
+      if (receives[a * codes + code] !== -1)
+        return protocol("exchange", [`${stepText(program, at)}: it was accepted already, and nothing fills it again`]);
       receives[a * codes + code] = events.add(at, code, a, 0);
       accepted[slot] = (accepted[slot] as number) + 1;
       if (accepted[slot] === attention)
@@ -927,12 +1071,23 @@ const examineFfn = (program: RankProgram, context: Context, layout: Layout): Use
       if (carries[e * fields.length + n] === 0) continue;
       const c = slot * fields.length + n;
       if (replied[slot] === 0) {
-        if ((fresh[c] as number) < 0) accesses.blame("unwritten", at, `returns ${fields[n]?.name}, which no step writes ${e === 0 ? "before" : "after the reply before"} it`);
+        if ((fresh[c] as number) < 0)
+          accesses.blame(
+            "unwritten",
+            at,
+            `returns ${fields[n]?.name}, which no step writes ${e === 0 ? "before" : "after the reply before"} it`,
+          );
         sentAt[c] = fresh[c] as number;
         fresh[c] = -1;
         lastReplied[c] = e;
       }
-      if ((sentAt[c] as number) > step.after) accesses.blame("unwritten", at, `starts after step ${step.after}`, `${stepText(program, sentAt[c] as number)} writes the ${fields[n]?.name} it returns`);
+      if ((sentAt[c] as number) > step.after)
+        accesses.blame(
+          "unwritten",
+          at,
+          `starts after step ${step.after}`,
+          `${stepText(program, sentAt[c] as number)} writes the ${fields[n]?.name} it returns`,
+        );
     }
     sends[a * codes + code] = events.add(at, code, a, 1);
     replied[slot] = (replied[slot] as number) + 1;
@@ -947,7 +1102,13 @@ const examineFfn = (program: RankProgram, context: Context, layout: Layout): Use
     if (e === exchanges) continue;
     const busy = (accepted[slot] as number) > 0;
     const a = busy ? missing(slot, accepted[slot] === attention ? sends : receives) : 0;
-    return protocol("exchange", [`${rank.name} ends, and ${busy ? `s${slot} #${e} has no reply to a${a}` : `takes ${e} of the ${exchanges} exchanges of s${slot}`}`], stuck(slot, a));
+    return protocol(
+      "exchange",
+      [
+        `${rank.name} ends, and ${busy ? `s${slot} #${e} has no reply to a${a}` : `takes ${e} of the ${exchanges} exchanges of s${slot}`}`,
+      ],
+      stuck(slot, a),
+    );
   }
   accesses.finish();
   const { step, code, peer, outgoing, count } = events;
@@ -965,7 +1126,14 @@ interface Meeting {
   readonly hazard: Rejected | undefined;
 }
 
-const judge = (schedule: Schedule, certificate: Certificate, facts: CheckFacts, context: Context, locals: readonly Local[], known: Memory): Verdict => {
+const judge = (
+  schedule: Schedule,
+  certificate: Certificate,
+  facts: CheckFacts,
+  context: Context,
+  locals: readonly Local[],
+  known: Memory,
+): Verdict => {
   matchFacts(schedule, facts);
   const uses = locals.map((l) => l.uses);
   const protocol = shortest(uses.map((u) => u.protocol));
@@ -996,16 +1164,23 @@ const matchFacts = (schedule: Schedule, facts: CheckFacts): void => {
     ["micro-batches", facts.microBatches, schedule.slots],
   ];
   for (const [what, wanted, found] of said)
-    if (wanted !== undefined && wanted !== found) throw new Rejected("form", [`${what}: the manifest has ${String(wanted)}, the schedule ${String(found)}`]);
+    if (wanted !== undefined && wanted !== found)
+      throw new Rejected("form", [`${what}: the manifest has ${String(wanted)}, the schedule ${String(found)}`]);
   for (const { rank, buffers, memory } of programs) {
     if (facts.kv)
       for (const b of buffers)
         if (b.region === "state" && b.bytes !== facts.kv.pages * facts.kv.pageBytes)
-          throw new Rejected("state", [`${rank.name}: ${placeText(b)} is not ${facts.kv.pages} pages of ${facts.kv.pageBytes} bytes`]);
+          throw new Rejected("state", [
+            `${rank.name}: ${placeText(b)} is not ${facts.kv.pages} pages of ${facts.kv.pageBytes} bytes`,
+          ]);
     if (!facts.weights) continue;
-    const file = facts.weights.find((w) => w.rank === rank.name || w.rank === rank.role || w.rank === `${rank.role}${rank.index}`);
+    const file = facts.weights.find(
+      (w) => w.rank === rank.name || w.rank === rank.role || w.rank === `${rank.role}${rank.index}`,
+    );
     if (!file || file.bytes !== memory.weights)
-      throw new Rejected("weights", [`${rank.name}: ${memory.weights} bytes of weights, the manifest has ${file?.bytes ?? "none"} for it`]);
+      throw new Rejected("weights", [
+        `${rank.name}: ${memory.weights} bytes of weights, the manifest has ${file?.bytes ?? "none"} for it`,
+      ]);
   }
 };
 
@@ -1046,7 +1221,13 @@ const runClocks = (schedule: Schedule, context: Context, uses: readonly Uses[]):
         }
         if (at > 0) for (let k = 0; k < ranks; k++) mine[base + k] = mine[base - ranks + k] as number;
         if (receiving && r < attention)
-          for (let f = 0; f < ffn; f++) join(mine, base, clocks[attention + f] as Int32Array, (uses[attention + f] as Uses).sends[r * codes + code] as number);
+          for (let f = 0; f < ffn; f++)
+            join(
+              mine,
+              base,
+              clocks[attention + f] as Int32Array,
+              (uses[attention + f] as Uses).sends[r * codes + code] as number,
+            );
         else if (receiving) {
           const a = local.peer[at] as number;
           join(mine, base, clocks[a] as Int32Array, (uses[a] as Uses).sends[code] as number);
@@ -1072,10 +1253,12 @@ const standstill = ({ programs }: Schedule, context: Context, uses: readonly Use
     const at = done[r] as number;
     if (at >= local.events) return [];
     const code = local.code[at] as number;
-    if (r >= attention) return [[local.peer[at] as number, (uses[local.peer[at] as number] as Uses).sends[code] as number] as const];
-    return Array.from({ length: ffn }, (_, f) => [attention + f, (uses[attention + f] as Uses).sends[r * codes + code] as number] as const).filter(
-      ([f, event]) => event >= (done[f] as number),
-    );
+    if (r >= attention)
+      return [[local.peer[at] as number, (uses[local.peer[at] as number] as Uses).sends[code] as number] as const];
+    return Array.from(
+      { length: ffn },
+      (_, f) => [attention + f, (uses[attention + f] as Uses).sends[r * codes + code] as number] as const,
+    ).filter(([f, event]) => event >= (done[f] as number));
   });
   let best: (readonly [number, number])[] = [];
   for (const start of ranks) {
@@ -1100,7 +1283,10 @@ const standstill = ({ programs }: Schedule, context: Context, uses: readonly Use
     const needed = (uses[to] as Uses).step[event] as number;
     return `${stepText(programs[from] as RankProgram, standing)} waits for ${stepText(programs[to] as RankProgram, needed)}`;
   });
-  return new Rejected("deadlock", lines.map((line, i) => (i + 1 < lines.length ? `${line}, which comes after` : `${line}, which comes after the first`)));
+  return new Rejected(
+    "deadlock",
+    lines.map((line, i) => (i + 1 < lines.length ? `${line}, which comes after` : `${line}, which comes after the first`)),
+  );
 };
 
 /** Each pair of ranks sees posts and accepts in one order, replies and waits in one order, which transports with queues need. */
@@ -1134,7 +1320,13 @@ const sameOrder = ({ programs }: Schedule, context: Context, uses: readonly Uses
 };
 
 /** An FFN rank reads what it accepted before the next push can overwrite it (K2), and rewrites a reply only once it has arrived (K6). */
-const hazards = ({ programs }: Schedule, context: Context, uses: readonly Uses[], clocks: readonly Int32Array[], r: number): Rejected | undefined => {
+const hazards = (
+  { programs }: Schedule,
+  context: Context,
+  uses: readonly Uses[],
+  clocks: readonly Int32Array[],
+  r: number,
+): Rejected | undefined => {
   const { attention, slots, fields, carries, pushes } = context;
   if (r < attention) return undefined;
   const ranks = uses.length;
@@ -1186,21 +1378,29 @@ const hazards = ({ programs }: Schedule, context: Context, uses: readonly Uses[]
 };
 
 /** The certificate says exactly what was found: every clock, and an edge for every piece of memory that changes hands. */
-const matchCertificate = (schedule: Schedule, certificate: Certificate, locals: readonly Local[], clocks: readonly Int32Array[]): void => {
+const matchCertificate = (
+  schedule: Schedule,
+  certificate: Certificate,
+  locals: readonly Local[],
+  clocks: readonly Int32Array[],
+): void => {
   const { programs } = schedule;
   const ranks = programs.length;
   const bad = (line: string): never => {
     throw new Rejected("certificate", [`certificate: ${line}`]);
   };
   const c = certificate as Partial<Certificate> | null;
-  if (typeof c !== "object" || c === null || c.format !== 1 || !Array.isArray(c.clocks) || !Array.isArray(c.reuse)) return bad("it is not well formed");
-  if (c.schedule !== schedule.name || c.wire !== schedule.wire) bad(`it is of schedule ${String(c.schedule)}, wire ${String(c.wire).slice(0, 16)}`);
+  if (typeof c !== "object" || c === null || c.format !== 1 || !Array.isArray(c.clocks) || !Array.isArray(c.reuse))
+    return bad("it is not well formed");
+  if (c.schedule !== schedule.name || c.wire !== schedule.wire)
+    bad(`it is of schedule ${String(c.schedule)}, wire ${String(c.wire).slice(0, 16)}`);
   programs.forEach((program, r) => {
     const { uses, takes } = locals[r] as Local;
     const stated = certificate.clocks[r];
     const edges = certificate.reuse[r];
     const { steps, rank } = program;
-    if (!Array.isArray(stated) || stated.length !== steps.length * ranks || !Array.isArray(edges)) return bad(`it has no clocks or edges for the ${steps.length} steps of ${rank.name}`);
+    if (!Array.isArray(stated) || stated.length !== steps.length * ranks || !Array.isArray(edges))
+      return bad(`it has no clocks or edges for the ${steps.length} steps of ${rank.name}`);
     let event = 0;
     const now = new Int32Array(ranks);
     for (let at = 0; at < steps.length; at++) {
@@ -1211,22 +1411,31 @@ const matchCertificate = (schedule: Schedule, certificate: Certificate, locals: 
       now[r] = at + 1;
       for (let k = 0; k < ranks; k++)
         if (stated[at * ranks + k] !== now[k])
-          bad(`${stepText(program, at)} comes after ${now[k]} steps of ${programs[k]?.rank.name}, and its clock says ${String(stated[at * ranks + k])}`);
+          bad(
+            `${stepText(program, at)} comes after ${now[k]} steps of ${programs[k]?.rank.name}, and its clock says ${String(stated[at * ranks + k])}`,
+          );
     }
     const name = (id: number): string => program.buffers[id]?.name ?? `buffer ${id}`;
     const claimed = new Set<number>();
     for (const edge of edges as readonly Reuse[]) {
       const [lastUse, firstWrite, earlier, later] = Array.isArray(edge) ? edge : ([] as unknown as Reuse);
-      if (!isIndex(earlier, uses.first.length) || !isIndex(later, uses.first.length)) return bad(`${rank.name}: an edge of unknown buffers`);
+      if (!isIndex(earlier, uses.first.length) || !isIndex(later, uses.first.length))
+        return bad(`${rank.name}: an edge of unknown buffers`);
       if (uses.last[earlier] !== lastUse || uses.first[later] !== firstWrite || lastUse >= firstWrite)
-        bad(`${rank.name}: ${name(earlier)}, used until step ${uses.last[earlier]}, then ${name(later)}, from step ${uses.first[later]}; the edge says ${lastUse}, ${firstWrite}`);
+        bad(
+          `${rank.name}: ${name(earlier)}, used until step ${uses.last[earlier]}, then ${name(later)}, from step ${uses.first[later]}; the edge says ${lastUse}, ${firstWrite}`,
+        );
       claimed.add(earlier * uses.first.length + later);
     }
     for (let i = 0; i < takes.length; i += 2) {
       const [earlier, later] = [takes[i] as number, takes[i + 1] as number];
-      if (!claimed.delete(earlier * uses.first.length + later)) bad(`${rank.name}: no edge says that ${name(later)} takes memory of ${name(earlier)}`);
+      if (!claimed.delete(earlier * uses.first.length + later))
+        bad(`${rank.name}: no edge says that ${name(later)} takes memory of ${name(earlier)}`);
     }
-    for (const edge of claimed) bad(`${rank.name}: ${name(edge % uses.first.length)} takes no memory of ${name(Math.floor(edge / uses.first.length))}, and an edge says so`);
+    for (const edge of claimed)
+      bad(
+        `${rank.name}: ${name(edge % uses.first.length)} takes no memory of ${name(Math.floor(edge / uses.first.length))}, and an edge says so`,
+      );
   });
 };
 
@@ -1234,7 +1443,8 @@ const approve = (schedule: Schedule, certificate: Certificate, facts: CheckFacts
   const { programs, keys, slots, exchanges } = schedule;
   const steps = programs.reduce((n, p) => n + p.steps.length, 0);
   const edges = certificate.reuse.reduce((n, list) => n + list.length, 0);
-  const wire = exchanges.length > 0 ? `, ${exchanges.length} exchanges on ${slots} slots, ${keys.length} keys` : `, ${slots} slots`;
+  const wire =
+    exchanges.length > 0 ? `, ${exchanges.length} exchanges on ${slots} slots, ${keys.length} keys` : `, ${slots} slots`;
   return {
     ok: true,
     summary: `${context.attention}A${context.ffn}F, ${steps} steps${wire}, ${edges} reuse edges: no deadlock, race or overrun`,

@@ -68,9 +68,9 @@ export const sampleCase = (kind: string, sample: Sample, seed: number): Case => 
     type.kind === "kv" ? b.state(`x${i}`, type) : add(`x${i}`, type, sample.values?.[i] ?? "normal"),
   );
   const state = operands.find((v) => v.type.kind === "kv");
-  if (state === undefined) b.ops(kind, operands, sample.attrs, ["y0", "y1"]).forEach((v) => {
-      b.output(v);
-    });
+  const names = ["y0", "y1"];
+  if (sample.body !== undefined) for (const v of b.fused(operands, sample.body, names)) b.output(v);
+  else if (state === undefined) for (const v of b.ops(kind, operands, sample.attrs, names)) b.output(v);
   else {
     const kv = state.type as KvType;
     const [pages, position] = operands.slice(-2) as [Value, Value];

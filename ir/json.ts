@@ -83,11 +83,14 @@ class Reader {
   private readonly value: unknown;
   private readonly path: string;
   private readonly depth: number;
+  /** types by their text, shared by all readers of a document */
+  private readonly types: Map<string, Type>;
 
-  constructor(value: unknown, path: string, depth = 0) {
+  constructor(value: unknown, path: string, depth = 0, types: Map<string, Type> = new Map()) {
     this.value = value;
     this.path = path;
     this.depth = depth;
+    this.types = types;
     if (depth > 200) this.fail("is nested too deep");
   }
 
@@ -112,7 +115,7 @@ class Reader {
 
   at(key: string): Reader {
     if (!this.has(key)) this.fail(`has no '${key}'`);
-    return new Reader((this.value as Record<string, unknown>)[key], `${this.path}.${key}`, this.depth + 1);
+    return new Reader((this.value as Record<string, unknown>)[key], `${this.path}.${key}`, this.depth + 1, this.types);
   }
 
   entries(): [string, Reader][] {
@@ -122,7 +125,7 @@ class Reader {
 
   list(): Reader[] {
     if (!Array.isArray(this.value)) return this.fail("must be a list");
-    return this.value.map((v, i) => new Reader(v, `${this.path}[${i}]`, this.depth + 1));
+    return this.value.map((v, i) => new Reader(v, `${this.path}[${i}]`, this.depth + 1, this.types));
   }
 
   isList(): boolean {
@@ -165,7 +168,9 @@ class Reader {
   type(): Type {
     const text = this.text();
     try {
-      return parseType(text);
+      const type = this.types.get(text) ?? parseType(text);
+      this.types.set(text, type);
+      return type;
     } catch (error) {
       if (error instanceof UserError) this.fail(`is not a type: ${error.message}`);
       throw error;

@@ -65,6 +65,8 @@ export interface Sample {
   readonly name: string;
   readonly inputs: readonly Type[];
   readonly attrs: Attrs;
+  /** of `fused`; its symbols are those of the graph it is put in */
+  readonly body?: Graph;
   readonly values?: readonly ("normal" | "positive" | "unit" | "row" | "column" | { readonly below: number })[];
   readonly symbols?: Readonly<Record<string, number>>;
 }

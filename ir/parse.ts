@@ -621,10 +621,11 @@ class Assembly {
       throw new Blame(message, raw.symbols.findLast((s) => s.symbol === symbol)?.at ?? raw.name);
     });
     const values = new Map<string, Value>();
+    const dims = new Set<Dim>();
     const define = <T extends Type>({ name }: RawValue, type: T): Value & { readonly type: T } => {
       if (values.has(name.image)) throw new Blame(`the name '${name.image}' is defined twice`, name);
       const value = { name: name.image, type };
-      verifyType(value, symbols, (message) => {
+      verifyType(value, symbols, dims, (message) => {
         throw new Blame(message, name);
       });
       values.set(value.name, value);

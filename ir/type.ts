@@ -69,4 +69,8 @@ export const tensor = (dtype: DType, shape: readonly Dim[]): TensorType => ({ ki
 export const typeText = (t: Type): string =>
   t.kind === "kv" ? `kv<${t.dtype},${t.heads}x${t.dim}>` : `${t.dtype}[${t.shape.map(dimText).join(",")}]`;
 
-export const sameType = (a: Type, b: Type): boolean => typeText(a) === typeText(b);
+export const sameType = (a: Type, b: Type): boolean => {
+  if (a.dtype !== b.dtype) return false;
+  if (a.kind === "kv" || b.kind === "kv") return a.kind === "kv" && b.kind === "kv" && a.heads === b.heads && a.dim === b.dim;
+  return a.shape.length === b.shape.length && a.shape.every((d, i) => d === b.shape[i]);
+};

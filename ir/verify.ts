@@ -1,6 +1,6 @@
 /** Checks that a graph is one: run after every pass and on everything that comes from outside. */
 import { identifier } from "./build.ts";
-import { type DimSymbol, dimSymbols, evalDim, parseDim } from "./dim.ts";
+import { type Dim, type DimSymbol, dimSymbols, evalDim, parseDim } from "./dim.ts";
 import { UserError } from "./error.ts";
 import type { Graph, Op, Value, Weight, WeightSource } from "./graph.ts";
 import { inferTypes, knowledge } from "./ops/index.ts";
@@ -45,10 +45,11 @@ const verifyGraph = (g: Graph, locate: Locate, within: Graph | undefined): void 
 
   const placed = g.ops.some((op) => op.place !== undefined);
   const defined = new Map<string, Defined>();
+  const dims = new Set<Dim>();
   const define = (value: Value, side: Side, blame: (m: string) => never): void => {
     if (!identifier.test(value.name)) blame(`'${value.name}' is not an identifier`);
     if (defined.has(value.name)) blame(`the name '${value.name}' is defined twice`);
-    verifyType(value, g.symbols, blame);
+    verifyType(value, g.symbols, dims, blame);
     defined.set(value.name, { value, side });
   };
   for (const v of g.inputs) {
@@ -107,25 +108,36 @@ export const verifySymbols = (symbols: readonly DimSymbol[], fail: (m: string, s
   }
 };
 
-/** Dims are canonical, of declared symbols, and whole numbers from 0 to 2^53 at the symbols' least and largest. */
-export const verifyType = (value: Value, symbols: readonly DimSymbol[], blame: (m: string) => never): void => {
-  const { type } = value;
-  const bad = (why: string): never => blame(`'${value.name}' ${typeText(type)}: ${why}`);
+/** Why a dim cannot be one: it is to be canonical, of declared symbols, and a whole number from 0 to 2^53 at their least and largest. */
+const dimFault = (d: Dim, symbols: readonly DimSymbol[]): string | undefined => {
+  if (typeof d === "number") return Number.isSafeInteger(d) && d >= 0 ? undefined : `dimension ${d} must be a whole number`;
+  for (const s of dimSymbols(d)) if (!symbols.some((x) => x.name === s)) return `symbol '${s}' is not declared`;
+  const canonical = parseDim(d);
+  if (canonical !== d) return `dimension '${d}' is not in canonical form (${canonical})`;
+  for (const bound of ["min", "max"] as const) {
+    const size = evalDim(d, new Map(symbols.map((s) => [s.name, s[bound]])));
+    if (!Number.isSafeInteger(size) || size < 0) return `dimension '${d}' is ${size} when its symbols are at their ${bound}`;
+  }
+  return undefined;
+};
+
+/** The type's sizes are sizes; `blame` says why not. `good` remembers the dims that were, of the same symbols. */
+export const verifyType = (
+  { name, type }: Value,
+  symbols: readonly DimSymbol[],
+  good: Set<Dim>,
+  blame: (m: string) => never,
+): void => {
+  const bad = (why: string): never => blame(`'${name}' ${typeText(type)}: ${why}`);
   if (type.kind === "kv") {
     if (![type.heads, type.dim].every((n) => Number.isSafeInteger(n) && n > 0)) bad("heads and dim must be positive integers");
     return;
   }
   for (const d of type.shape) {
-    if (typeof d === "number") {
-      if (!Number.isSafeInteger(d) || d < 0) bad(`dimension ${d} must be a whole number`);
-      continue;
-    }
-    for (const s of dimSymbols(d)) if (!symbols.some((x) => x.name === s)) bad(`symbol '${s}' is not declared`);
-    if (parseDim(d) !== d) bad(`dimension '${d}' is not in canonical form (${parseDim(d)})`);
-    for (const bound of ["min", "max"] as const) {
-      const size = evalDim(d, new Map(symbols.map((s) => [s.name, s[bound]])));
-      if (!Number.isSafeInteger(size) || size < 0) bad(`dimension '${d}' is ${size} when its symbols are at their ${bound}`);
-    }
+    if (good.has(d)) continue;
+    const fault = dimFault(d, symbols);
+    if (fault !== undefined) bad(fault);
+    good.add(d);
   }
 };
 
@@ -162,19 +174,19 @@ export const verifySource = (value: Weight["value"], source: WeightSource, fail:
   }
 };
 
+const inferred = (op: Op, blame: (m: string) => never): readonly Type[] => {
+  const inputs = op.inputs.map((v) => v.type);
+  try {
+    return inferTypes(op.kind, inputs, op.attrs, op.body);
+  } catch (error) {
+    if (error instanceof UserError) return blame(error.message);
+    throw error;
+  }
+};
+
 /** The results are those that the op infers from its inputs. */
 const verifyTypes = (op: Op, blame: (m: string) => never): void => {
-  let types: readonly Type[];
-  try {
-    types = inferTypes(
-      op.kind,
-      op.inputs.map((v) => v.type),
-      op.attrs,
-      op.body,
-    );
-  } catch (error) {
-    return blame(error instanceof UserError ? error.message : String(error));
-  }
+  const types = inferred(op, blame);
   if (types.length !== op.outputs.length) blame(`has ${types.length} results, not ${op.outputs.length}`);
   op.outputs.forEach((v, i) => {
     const type = types[i] as Type;
@@ -209,9 +221,9 @@ class Exchanges {
   }
 
   collect(op: Op, blame: (m: string) => never): void {
-    if (!this.open) return blame("collects what nothing dispatched");
+    const open = this.open ?? blame("collects what nothing dispatched");
     if (op.attrs.exchange !== this.next) blame(`is exchange ${op.attrs.exchange}, should be ${this.next}`);
-    if (op.inputs.length !== this.open.ranks) blame(`takes ${op.inputs.length} partials from ${this.open.ranks} FFN ranks`);
+    if (op.inputs.length !== open.ranks) blame(`takes ${op.inputs.length} partials from ${open.ranks} FFN ranks`);
     this.open = undefined;
     this.next++;
   }

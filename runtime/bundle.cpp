@@ -2,6 +2,7 @@
 
 #include <sys/stat.h>
 
+#include <algorithm>
 #include <cstring>
 #include <set>
 
@@ -387,6 +388,17 @@ class ScheduleReader {
     return s;
   }
 
+  /// Only scratch is used for one thing after another; everything else keeps its memory.
+  static void disjoint(const Json &v, const RankProgram &p) {
+    std::vector<const Buffer *> all;
+    for (const Buffer &b : p.buffers)
+      if (b.region != Region::scratch && b.bytes > 0) all.push_back(&b);
+    std::sort(all.begin(), all.end(), [](const Buffer *x, const Buffer *y) { return std::pair(x->region, x->offset) < std::pair(y->region, y->offset); });
+    for (std::size_t i = 1; i < all.size(); i++)
+      if (all[i]->region == all[i - 1]->region && all[i - 1]->offset + all[i - 1]->bytes > all[i]->offset)
+        v.refuse(say("buffers '", all[i - 1]->name, "' and '", all[i]->name, "' of rank ", p.rank.name(), " overlap in region ", regionName(all[i]->region)));
+  }
+
   /// How a kernel sees an argument. Weights and states are the kernel's own affair: their bytes are packed.
   static std::string signature(const Buffer &b) {
     if (b.region == Region::weights) return "weight";
@@ -443,6 +455,7 @@ class ScheduleReader {
         if (!p.names.emplace(read.name, p.buffers.size()).second) b.refuse(say("a second buffer '", read.name, "'"));
         p.buffers.push_back(std::move(read));
       }
+      disjoint(v["buffers"], p);
       std::unordered_map<std::string, std::uint32_t> kernels;
       const auto &steps = v["steps"].items();
       for (std::size_t i = 0; i < steps.size(); i++) p.steps.push_back(step(steps[i], p, kernels, i));

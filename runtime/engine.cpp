@@ -248,7 +248,7 @@ void Engine::prepare(std::size_t index) {
 
 void Engine::connect() {
   std::string config = say("{\"attention\":", bundle_.manifest.attention, ",\"ffn\":", bundle_.manifest.ffn, ",\"session\":", jsonText(options_.session),
-                           ",\"spin\":", options_.spin, ",\"timeout_ms\":", options_.meet_ms, ",\"schedules\":[");
+                           ",\"spin\":", options_.spin, ",\"timeout_ms\":", options_.meet_ms, ",\"leave_ms\":", options_.leave_ms, ",\"schedules\":[");
   for (std::size_t i = 0; i < plans_.size(); i++) config += say(i ? "," : "", "{\"slots\":", plans_[i].schedule->slots, "}");
   net(transport_->open((config + "]}").c_str(), bundle_.number(rank_), bundle_.manifest.wire.data(), dev_, device_, &net_));
   const bool attention = rank_.role == Role::attention;

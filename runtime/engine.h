@@ -20,6 +20,7 @@ struct EngineOptions {
   std::uint32_t threads = 1, spin = 2000;
   std::uint32_t meet_ms = 30000;   // to wait for peers to appear
   std::uint32_t step_ms = 600000;  // to wait for one message; a peer that dies is noticed at once
+  std::uint32_t leave_ms = 1500;   // to end by itself after a peer in another process died
   bool strict = false, trace = false, count = false;
 };
 

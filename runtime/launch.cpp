@@ -241,7 +241,9 @@ Outcome Launcher::processes(const std::function<RankWork(std::function<void(cons
       if (WIFSIGNALED(c.status))
         blame(2, exit_peer, say("rank ", name, " (process ", c.pid, ") was ended by signal ", WTERMSIG(c.status), " (", ::strsignal(WTERMSIG(c.status)), ")"));
       else
-        blame(code == exit_internal ? 3 : code == exit_peer ? 1 : 2, code, c.error.empty() ? say("rank ", name, " ended with exit code ", code) : c.error);
+        blame(code == exit_internal ? 3 : code == exit_peer ? 1 : 2, code, 
+              // a crash has told about itself
+              c.error.empty() && code != exit_internal ? say("rank ", name, " ended with exit code ", code) : c.error);
     }
   }
   outcome.error = worst.text;

@@ -280,6 +280,7 @@ int run(int argc, char **argv) {
   };
   const Outcome outcome = Launcher(bundle, launch).run(work, print);
   if (!outcome.error.empty()) fail(outcome.code, outcome.error);
+  if (outcome.code != exit_done && outcome.code != exit_input) return outcome.code;
   if (!o.stats.empty()) writeFile(o.stats, statsJson(outcome.reports, bundle) + "\n");
   if (!o.trace.empty()) {
     std::string text = "{\"displayTimeUnit\":\"ms\",\"traceEvents\":[\n";

@@ -101,8 +101,9 @@ typedef struct { uint32_t round, schedule, stop; } s3_round;
 
 /*
  * A transport, from s3_transport_v1(). An exchange is posted to all FFN ranks, then waited for; on the other side accepted, then replied to.
- * open: config is JSON: {"attention":2,"ffn":1,"session":"name","schedules":[{"slots":3}],"spin":2000,"timeout_ms":30000}; what a transport
- * does not know it ignores. ms: 0 waits for as long as the peers live.
+ * open: config is JSON: {"attention":2,"ffn":1,"session":"name","schedules":[{"slots":3}],"spin":2000,"timeout_ms":30000,"leave_ms":1500}; what a
+ * transport does not know it ignores. timeout_ms: for peers to appear. leave_ms: a process that still computes so long after a peer died is
+ * ended with exit code 3 (0: never). ms: 0 waits for as long as the peers live.
  */
 typedef struct {
   uint32_t abi, caps;

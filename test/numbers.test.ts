@@ -1,6 +1,6 @@
 import { describe, expect, test } from "vitest";
 import { erf } from "../ir/arithmetic.ts";
-import { type DType, decode, encode, floatCode, floatValue, nearestEven, roundTo } from "../ir/index.ts";
+import { type DType, decode, encode, floatCode, floatValue, nearestEven, randomNumbers, rounder, roundTo } from "../ir/index.ts";
 
 /** The next double towards +infinity or -infinity. */
 const beside = (x: number, up: boolean): number => {
@@ -77,6 +77,20 @@ describe.each(formats)("$dtype", ({ dtype, e, m, fn }) => {
       expect(roundTo(dtype, -x)).toBe(-over);
     }
     expect(roundTo(dtype, NaN)).toBeNaN();
+  });
+
+  test("the rounding for loops is the same", () => {
+    const round = rounder(dtype);
+    const random = randomNumbers(5);
+    const different: number[] = [];
+    const try1 = (x: number): void => {
+      if (!Object.is(round(x), roundTo(dtype, x))) different.push(x);
+    };
+    for (let k = -1074; k <= 1023; k++)
+      for (const j of [0, 2 ** -52, 2 ** -24, 0.25, 0.5, 1 - 2 ** -52, random(), random()])
+        for (const s of [1, -1]) try1(s * 2 ** k * (1 + j));
+    for (const x of [0, -0, NaN, Infinity, -Infinity, 5e-324, Number.MAX_VALUE]) try1(x);
+    expect(different).toEqual([]);
   });
 
   test("tiny numbers keep their sign", () => {

@@ -47,7 +47,7 @@ const samples = allKnowledge.flatMap((k) => k.samples.map((sample) => [`${k.name
 describe("every op", () => {
   test.each(allKnowledge.map((k) => [k.name, k] as const))("%s has samples of several kinds and words for people", (_, k) => {
     expect(k.summary.length).toBeGreaterThan(5);
-    if (k.name !== "fused") expect(k.samples.length).toBeGreaterThanOrEqual(2);
+    expect(k.samples.length).toBeGreaterThanOrEqual(2);
     expect(new Set(k.samples.map((s) => s.name)).size).toBe(k.samples.length);
   });
 
@@ -83,9 +83,9 @@ describe("every op", () => {
 
   test.each(samples)("%s has a cost", (_, k, sample) => {
     const symbols = new Map(Object.entries(sample.symbols ?? {}));
-    const { flops, bytes } = k.cost(sample.inputs, sample.attrs, symbols);
+    const { flops, bytes } = k.cost(sample.inputs, sample.attrs, symbols, sample.body);
     expect(Number.isFinite(flops) && flops >= 0).toBe(true);
-    const outputs = k.infer(sample.inputs, sample.attrs);
+    const outputs = k.infer(sample.inputs, sample.attrs, sample.body);
     const whole = [...sample.inputs, ...outputs].reduce((n, t) => n + bytesOf(t, symbols), 0);
     if (!["gather", "rotary", "const", "kv_append", "attention"].includes(k.name)) expect(bytes).toBe(whole);
     expect(bytes).toBeGreaterThanOrEqual(0);
@@ -383,7 +383,7 @@ describe("attention", () => {
         const sum = scores.reduce((a, b) => a + b, 0);
         for (let c = 0; c < 2; c++) expected.push(scores.reduce((a, s, j) => a + (s / sum) * number(j, c, 2), 0));
       }
-    result.forEach((x, i) => expect(x).toBeCloseTo(expected[i] as number, 6));
+    for (const [i, x] of result.entries()) expect(x).toBeCloseTo(expected[i] as number, 6);
   });
 
   test("a position past the page table is an error", () => {
@@ -474,7 +474,7 @@ describe("fused", () => {
     const inner = body();
     const b = new Builder("outer", inner.symbols);
     const inputs = inner.inputs.map((v) => b.input(v.name, v.type as ReturnType<typeof tensor>));
-    b.fused(inputs, inner).forEach((v, i) => b.output(v, ["y", "m"][i]));
+    for (const [i, v] of b.fused(inputs, inner).entries()) b.output(v, ["y", "m"][i]);
     const g = b.build();
     verify(g);
     const data = new Map([

@@ -5,7 +5,21 @@ import { join } from "node:path";
 import type { Checkpoint } from "../compiler/frontends/checkpoint.ts";
 import { readStep3 } from "../compiler/models/step3.ts";
 import { readWeight } from "../compiler/weights.ts";
-import { concrete, drawTensor, encode, evaluate, type Graph, kvState, type Op, randomNumbers, type Tensor, type Value, type Weight } from "../ir/index.ts";
+import {
+  concrete,
+  type Datum,
+  drawTensor,
+  encode,
+  evaluate,
+  type Graph,
+  kvState,
+  type Op,
+  randomNumbers,
+  type Tensor,
+  type Value,
+  type Weight,
+  type WeightSource,
+} from "../ir/index.ts";
 import { type CheckpointOptions, writeStep3Checkpoint } from "./checkpoint.ts";
 
 /** A graph with the values of its weights, which any graph that passes make of it takes too. */
@@ -28,27 +42,55 @@ const remembered = (checkpoint: Checkpoint | undefined): ((w: Weight) => Tensor)
 /** A small Step-3 model with columns enough to divide in blocks of 128. */
 export const step3Model = (options: CheckpointOptions = {}): Model => {
   const directory = mkdtempSync(join(tmpdir(), "step3c-passes-"));
-  const sizes = { hidden: 136, headDim: 16, layers: 3, intermediate: 300, moeIntermediate: 260, shared: 256, experts: 6, vocabulary: 40 };
+  const sizes = {
+    hidden: 136,
+    headDim: 16,
+    layers: 2,
+    intermediate: 300,
+    moeIntermediate: 136,
+    shared: 132,
+    experts: 4,
+    vocabulary: 40,
+  };
   writeStep3Checkpoint(directory, { ...options, sizes: { ...sizes, ...options.sizes } });
   const model = readStep3(directory, { weights: true });
   return { graph: model.graph(8, { maxContext: 32, maxPages: 4 }), weights: remembered(model.checkpoint) };
 };
 
+const innermost = (source: WeightSource): WeightSource => ("of" in source ? innermost(source.of) : source);
+
 /** Weights named by `tensor` sources, drawn from a seed; their shapes are those of the graph before any pass. */
 export const drawnWeights = (graph: Graph, seed: number): ((w: Weight) => Tensor) => {
   const random = randomNumbers(seed);
   const tensors = new Map<string, { readonly shape: readonly number[]; readonly bytes: Uint8Array }>();
-  for (const { value, source } of graph.weights) {
-    if (source.kind !== "tensor" && source.kind !== "dequantised") continue;
-    const { shape } = concrete(value.type, new Map());
+  for (const weight of graph.weights) {
+    const source = innermost(weight.source);
+    if (
+      "of" in source ||
+      source.kind === "rope" ||
+      source.kind === "literal" ||
+      (weight.source.kind === "scales" && tensors.has(source.tensor))
+    )
+      continue;
+    const shape = source.slice?.map(([, to]) => to) ?? concrete(weight.value.type, new Map()).shape;
     const scale = 1 / Math.sqrt(shape.at(-1) ?? 1);
     const put = (name: string, shape: readonly number[], factor: number): void => {
       const { data } = drawTensor({ kind: "tensor", dtype: "f32", shape }, "normal", random);
-      tensors.set(name, { shape, bytes: encode("f32", data.map((x) => x * factor)) });
+      tensors.set(name, {
+        shape,
+        bytes: encode(
+          "f32",
+          data.map((x) => x * factor),
+        ),
+      });
     };
     put(source.tensor, shape, scale);
     if (source.kind === "dequantised")
-      put(source.scales, shape.map((d, i) => Math.ceil(d / (source.block[i - shape.length + 2] ?? 1))), 1);
+      put(
+        source.scales,
+        shape.map((d, i) => Math.ceil(d / (source.block[i - shape.length + 2] ?? 1))),
+        1,
+      );
   }
   const checkpoint = {
     tensors: new Map([...tensors].map(([name, { shape }]) => [name, { name, dtype: "F32", shape }])),
@@ -66,14 +108,30 @@ export const drawnInputs = (graph: Graph, rows: number, seed: number): ReadonlyM
       if (v.type.kind !== "tensor") throw new Error(`input '${v.name}' is no tensor`);
       const type = concrete(v.type, symbols);
       const integer = /^[iu]/.test(type.dtype);
-      const draw = v.name === "position" ? "row" : v.name === "pages" ? "column" : v.name === "temperature" ? { below: 1 } : v.name === "top_p" ? "unit" : integer ? { below: 4 } : "normal";
+      const draw =
+        v.name === "position"
+          ? "row"
+          : v.name === "pages"
+            ? "column"
+            : v.name === "temperature"
+              ? { below: 1 }
+              : v.name === "top_p"
+                ? "unit"
+                : integer
+                  ? { below: 4 }
+                  : "normal";
       return [v.name, drawTensor(type, draw, random)] as const;
     }),
   );
 };
 
 /** Outputs by name. */
-export const run = (graph: Graph, weights: (w: Weight) => Tensor, inputs: ReadonlyMap<string, Tensor>, observe?: (op: Op) => void): Map<string, Tensor> => {
+export const run = (
+  graph: Graph,
+  weights: (w: Weight) => Tensor,
+  inputs: ReadonlyMap<string, Tensor>,
+  observe?: (op: Op, results: readonly Datum[]) => void,
+): Map<string, Tensor> => {
   const states = new Map(graph.states.map((s) => [s.name, kvState(8)]));
   return evaluate(graph, inputs, weights, states, new Map(), observe);
 };
@@ -95,7 +153,10 @@ export const disguised = (graph: Graph, seed: number): Graph => {
   const interface_ = new Set([...graph.inputs, ...graph.states, ...graph.outputs].map((v) => v.name));
   const names = new Map<string, Value>();
   const rename = (v: Value): Value => {
-    const known = names.get(v.name) ?? { ...v, name: interface_.has(v.name) ? v.name : `v${names.size}_${Math.floor(random() * 1e6)}` };
+    const known = names.get(v.name) ?? {
+      ...v,
+      name: interface_.has(v.name) ? v.name : `v${names.size}_${Math.floor(random() * 1e6)}`,
+    };
     names.set(v.name, known);
     return known;
   };

@@ -1,4 +1,4 @@
-import { mkdtempSync, readdirSync, readFileSync } from "node:fs";
+import { existsSync, mkdtempSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { describe, expect, test } from "vitest";
@@ -10,14 +10,29 @@ import { fuse, fusedForm } from "../compiler/passes/fuse.ts";
 import { type PassesOptions, passes } from "../compiler/passes/index.ts";
 import { bytesPerToken, decide, explainPartition, partition } from "../compiler/passes/partition.ts";
 import { type Precision, quantise } from "../compiler/passes/quantise.ts";
-import { parseSplit, share, shard } from "../compiler/passes/shard.ts";
-import { Builder, type Graph, knowledge, type Op, parseGraph, printGraph, tensor, type TensorType, UserError, verify } from "../ir/index.ts";
+import { parseSplit, shard, share } from "../compiler/passes/shard.ts";
+import {
+  Builder,
+  type Graph,
+  knowledge,
+  type Op,
+  parseGraph,
+  printGraph,
+  type Tensor,
+  type TensorType,
+  tensor,
+  UserError,
+  verify,
+} from "../ir/index.ts";
 import { disguised, drawnInputs, drawnWeights, relativeError, run, step3Model } from "./pass_cases.ts";
 import { randomCase } from "./random_graph.ts";
 
 const model = step3Model();
 const inputs = drawnInputs(model.graph, 5, 11);
-const through = (options: Partial<PassesOptions> & { readonly skip?: readonly string[]; readonly limit?: number; readonly stopAfter?: string }, graph = model.graph): Graph => {
+const through = (
+  options: Partial<PassesOptions> & { readonly skip?: readonly string[]; readonly limit?: number; readonly stopAfter?: string },
+  graph = model.graph,
+): Graph => {
   const { skip, limit, stopAfter, ...rest } = options;
   return runPasses(graph, passes({ precision: "bf16", kv: "bf16", ffn: 1, split: "ep", ...rest }), { skip, limit, stopAfter });
 };
@@ -26,7 +41,12 @@ const logits = (g: Graph, from = model): ReturnType<typeof run> extends Map<stri
   if (found === undefined) throw new Error("no logits");
   return found;
 };
-const policies: readonly (readonly [Precision, Precision])[] = [["bf16", "bf16"], ["fp8", "fp8"], ["int8", "int8"], ["fp8", "bf16"]];
+const policies: readonly (readonly [Precision, Precision])[] = [
+  ["bf16", "bf16"],
+  ["fp8", "fp8"],
+  ["int8", "int8"],
+  ["fp8", "bf16"],
+];
 
 const folder = (): string => mkdtempSync(join(tmpdir(), "step3c-dump-"));
 /** A pass that makes `name` out of every graph it sees, by breaking its last op. */
@@ -66,14 +86,19 @@ describe("the loop", () => {
     runPasses(two(), [fold, dead], { time: true, print });
     expect(printed.join("")).toMatch(/fold .* ms +2 applications\ndead .*\ntotal /);
     printed.length = 0;
-    runPasses(model.graph, passes({ precision: "bf16", kv: "bf16", ffn: 1, split: "ep" }), { explain: "partition", stopAfter: "partition", print });
-    expect(printed.join("")).toContain("3 branches to the FFN side");
+    runPasses(model.graph, passes({ precision: "bf16", kv: "bf16", ffn: 1, split: "ep" }), {
+      explain: "partition",
+      stopAfter: "partition",
+      print,
+    });
+    expect(printed.join("")).toContain("2 branches to the FFN side");
   });
 
   test("the limit bounds rule applications, and every limit leaves a graph that computes the same", () => {
     expect(runPasses(two(), [fold], { limit: 1 }).ops.filter((op) => op.kind === "mul")).toHaveLength(1);
     const reference = logits(model.graph);
-    for (const limit of [0, 1, 2, 4, 9, 20, 40]) expect(logits(through({ limit })).data, `limit ${limit}`).toEqual(reference.data);
+    for (const limit of [0, 1, 2, 4, 9, 20, 40])
+      expect(logits(through({ limit })).data, `limit ${limit}`).toEqual(reference.data);
   });
 
   test("a graph dumped after any pass, taken up again, ends the same", () => {
@@ -81,7 +106,15 @@ describe("the loop", () => {
     const [first, again] = [folder(), folder()];
     const whole = printGraph(runPasses(model.graph, passes(options), { dumpTo: first }));
     const files = readdirSync(first).sort();
-    expect(files).toEqual(["00-source.step3", "01-fold.step3", "02-quantise.step3", "03-partition.step3", "04-shard.step3", "05-fuse.step3", "06-dead.step3"]);
+    expect(files).toEqual([
+      "00-source.step3",
+      "01-fold.step3",
+      "02-quantise.step3",
+      "03-partition.step3",
+      "04-shard.step3",
+      "05-fuse.step3",
+      "06-dead.step3",
+    ]);
     for (const file of files) {
       const text = readFileSync(join(first, file), "utf8");
       const graph = runPasses(parseGraph(text), passes(options), { from: resumePoint(text, file), dumpTo: again });
@@ -95,22 +128,27 @@ describe("the loop", () => {
 
 describe("fold and dead", () => {
   test("keep every bit of random graphs", () => {
-    for (let seed = 0; seed < 60; seed++) {
+    for (let seed = 0; seed < 30; seed++) {
       const c = randomCase(seed);
       const graph = runPasses(c.graph, [fold, dead]);
       const weights = drawnWeights(c.graph, seed);
       const reference = run(c.graph, weights, c.inputs);
-      for (const [name, y] of run(graph, weights, c.inputs)) expect(y.data, `seed ${seed}, ${name}`).toEqual(reference.get(name)?.data);
+      for (const [name, y] of run(graph, weights, c.inputs))
+        expect(y.data, `seed ${seed}, ${name}`).toEqual(reference.get(name)?.data);
     }
   });
 
   test("leave alone what would change the sign of a zero, a NaN or a rounding", () => {
-    const kept = (make: (b: Builder, x: ReturnType<Builder["input"]>) => ReturnType<Builder["input"]>, dtype: "f32" | "bf16" = "f32"): number => {
+    const kept = (
+      make: (b: Builder, x: ReturnType<Builder["input"]>) => ReturnType<Builder["input"]>,
+      dtype: "f32" | "bf16" = "f32",
+    ): number => {
       const b = new Builder("g", [{ name: "T", min: 0, max: 4, multiple: 1, source: "host" }]);
       b.output(make(b, b.input("x", tensor(dtype, ["T", 4]))), "y");
       return runPasses(b.build(), [fold]).ops.filter((op) => op.kind !== "const").length;
     };
-    const number = (b: Builder, value: number, dtype = "f32"): ReturnType<Builder["input"]> => b.op("const", [], { value, dtype });
+    const number = (b: Builder, value: number, dtype = "f32"): ReturnType<Builder["input"]> =>
+      b.op("const", [], { value, dtype });
     expect(kept((b, x) => b.op("neg", [b.op("add", [x, number(b, 0)])]))).toBe(2);
     expect(kept((b, x) => b.op("neg", [b.op("add", [x, number(b, -0)])]))).toBe(1);
     expect(kept((b, x) => b.op("neg", [b.op("sub", [x, number(b, 0)])]))).toBe(1);
@@ -126,20 +164,25 @@ describe("quantise", () => {
     const stored = step3Model({ dtype: "FP8" });
     const g = runPasses(stored.graph, [fold, quantise({ weights: "fp8", kv: "fp8" })]);
     const kinds = (kind: string): readonly Op[] => g.ops.filter((op) => op.kind === kind);
-    expect(kinds("linear").map((op) => op.origin)).toEqual(["layers.1.moe.gate", "layers.2.moe.gate", "lm_head"]);
+    expect(kinds("linear").map((op) => op.origin)).toEqual(["layers.1.moe.gate", "lm_head"]);
     expect(kinds("grouped_linear")).toHaveLength(0);
     const taken = kinds("quantise").map((op) => `${op.inputs[0]?.name} ${op.attrs.group}`);
     expect(new Set(taken).size).toBe(taken.length);
     for (const w of g.weights.filter((w) => /_(codes|scales)$/.test(w.value.name))) expect(w.source.kind).toBe("tensor");
     expect(g.weights.some((w) => w.source.kind === "dequantised")).toBe(false);
-    const other = runPasses(step3Model({ dtype: "FP8", block: [64, 64] }).graph, [fold, quantise({ weights: "fp8", kv: "bf16" })]);
+    const other = runPasses(step3Model({ dtype: "FP8", block: [64, 64] }).graph, [
+      fold,
+      quantise({ weights: "fp8", kv: "bf16" }),
+    ]);
     const source = other.weights.find((w) => w.value.name === "l0_wq_codes")?.source;
     expect(source?.kind === "codes" && source.of.kind).toBe("dequantised");
   });
 
   test.each(policies)("weights %s, kv %s: close to bf16, and the states change type", (weights, kv) => {
     const g = runPasses(model.graph, [fold, quantise({ weights, kv })]);
-    expect(new Set(g.states.map((s) => s.type.kind === "kv" && s.type.dtype))).toEqual(new Set([{ bf16: "bf16", fp8: "e4m3", int8: "i8" }[kv]]));
+    expect(new Set(g.states.map((s) => s.type.kind === "kv" && s.type.dtype))).toEqual(
+      new Set([{ bf16: "bf16", fp8: "e4m3", int8: "i8" }[kv]]),
+    );
     const error = relativeError(logits(g), logits(model.graph));
     expect(error).toBeLessThan(weights === "bf16" ? 1e-9 : 0.12);
     if (weights !== "bf16") expect(error).toBeGreaterThan(1e-4);
@@ -150,30 +193,38 @@ describe("quantise", () => {
 const cuts = (g: Graph): readonly string[] =>
   decide(runPasses(g, [dead])).exchanges.map((e) => {
     const types = e.push.map((v) => `${(v.type as TensorType).dtype}[${(v.type as TensorType).shape.join(",")}]`);
-    return `${e.ffn.map((op) => op.kind).sort().join(" ")} | ${types.join(" ")} | ${(e.pull.type as TensorType).dtype}`;
+    return `${e.ffn
+      .map((op) => op.kind)
+      .sort()
+      .join(" ")} | ${types.join(" ")} | ${(e.pull.type as TensorType).dtype}`;
   });
 
 describe("partition", () => {
-  test.each(policies)("weights %s, kv %s: finds the same cut whatever values are called and in whatever order ops come", (weights, kv) => {
-    const g = runPasses(model.graph, [fold, quantise({ weights, kv })]);
-    const expected = cuts(g);
-    expect(expected).toHaveLength(3);
-    const codes = { bf16: "bf16[T,136]", fp8: "e4m3[T,136] f32[T,2]", int8: "i8[T,136] f32[T,1]" }[weights];
-    expect(expected[0]?.split(" | ").slice(1)).toEqual([codes, "bf16"]);
-    expect(expected[1]?.split(" | ").slice(1)).toEqual([`${codes} i32[T,3] f32[T,3]`, "bf16"]);
-    for (let seed = 1; seed <= 6; seed++) {
-      const hidden = disguised(g, seed);
-      verify(hidden);
-      expect(cuts(hidden)).toEqual(expected);
-      const placed = runPasses(hidden, [partition({ ffnRanks: 1 })]);
-      expect(logits(placed).data).toEqual(logits(g).data);
-    }
-  });
+  test.each(policies)(
+    "weights %s, kv %s: finds the same cut whatever values are called and in whatever order ops come",
+    (weights, kv) => {
+      const g = runPasses(model.graph, [fold, quantise({ weights, kv })]);
+      const expected = cuts(g);
+      expect(expected).toHaveLength(2);
+      const codes = { bf16: "bf16[T,136]", fp8: "e4m3[T,136] f32[T,2]", int8: "i8[T,136] f32[T,1]" }[weights];
+      expect(expected[0]?.split(" | ").slice(1)).toEqual([codes, "bf16"]);
+      expect(expected[1]?.split(" | ").slice(1)).toEqual([`${codes} i32[T,3] f32[T,3]`, "bf16"]);
+      for (let seed = 1; seed <= 4; seed++) {
+        const hidden = disguised(g, seed);
+        verify(hidden);
+        expect(cuts(hidden)).toEqual(expected);
+        const placed = runPasses(hidden, [partition({ ffnRanks: 1 })]);
+        expect(logits(placed).data).toEqual(logits(g).data);
+      }
+    },
+  );
 
   test("keeps attention, routing, quantisation of what is sent, and the residual on the attention side", () => {
     const g = through({ precision: "fp8", kv: "fp8", stopAfter: "partition" });
-    const sideOf = (origin: RegExp, kind: string): unknown => [...new Set(g.ops.filter((op) => origin.test(op.origin ?? "") && op.kind === kind).map((op) => op.place))].join();
-    for (const kind of ["gather", "attention", "kv_append", "topk", "softmax", "rms_norm", "sample", "linear"]) expect(sideOf(/./, kind)).toBe("attention");
+    const sideOf = (origin: RegExp, kind: string): unknown =>
+      [...new Set(g.ops.filter((op) => origin.test(op.origin ?? "") && op.kind === kind).map((op) => op.place))].join();
+    for (const kind of ["gather", "attention", "kv_append", "topk", "softmax", "rms_norm", "sample", "linear"])
+      expect(sideOf(/./, kind)).toBe("attention");
     expect(sideOf(/residual/, "add")).toBe("attention");
     expect(sideOf(/moe$/, "combine")).toBe("ffn");
     expect(sideOf(/moe\.gate_proj/, "scaled_grouped_linear")).toBe("ffn");
@@ -185,7 +236,9 @@ describe("partition", () => {
     const normalised = step3Model({ normalise: true });
     const g = runPasses(normalised.graph, [fold, partition({ ffnRanks: 1 })]);
     for (const op of g.ops.filter((op) => op.kind === "div" || op.kind === "reduce")) expect(op.place).toBe("attention");
-    expect(run(g, normalised.weights, inputs).get("logits")?.data).toEqual(run(normalised.graph, normalised.weights, inputs).get("logits")?.data);
+    expect(run(g, normalised.weights, inputs).get("logits")?.data).toEqual(
+      run(normalised.graph, normalised.weights, inputs).get("logits")?.data,
+    );
   });
 
   test("says so when there is nothing to separate", () => {
@@ -218,7 +271,12 @@ describe("shard", () => {
   const ranksOf = (g: Graph): number => new Set(g.ops.flatMap((op) => (op.place?.startsWith("ffn") ? [op.place] : []))).size;
 
   test("deals contiguous ranges, uneven by at most one, and reads splits", () => {
-    for (const [n, parts] of [[7, 3], [48, 8], [3, 3], [2, 5]] as const) {
+    for (const [n, parts] of [
+      [7, 3],
+      [48, 8],
+      [3, 3],
+      [2, 5],
+    ] as const) {
       const ranges = Array.from({ length: parts }, (_, i) => share(n, parts, i));
       expect(ranges[0]?.[0]).toBe(0);
       expect(ranges.at(-1)?.[1]).toBe(n);
@@ -231,22 +289,52 @@ describe("shard", () => {
     expect(() => parseSplit("pp", 3)).toThrow("write ep, tp or epXtpY");
   });
 
+  /** one layer: dense, and with experts */
+  const layers = [
+    { layers: 1, moeLayers: [] },
+    { layers: 1, moeLayers: [0] },
+  ].map((sizes) => step3Model({ sizes }));
+  /** what the attention side gets back of the only exchange, added up */
+  const branch = (g: Graph, weights: Parameters<typeof run>[1]): Tensor => {
+    let sum: Tensor | undefined;
+    run(g, weights, inputs, (op, results) => {
+      if (op.kind !== "collect") return;
+      const partials = results as readonly Tensor[];
+      const data = (partials[0] as Tensor).data.map((_, i) => partials.reduce((s, p) => s + (p.data[i] as number), 0));
+      sum = { ...(partials[0] as Tensor), data };
+    });
+    return sum as Tensor;
+  };
+
   const cases = (["bf16", "fp8", "int8"] as const).flatMap((precision) =>
-    ([[1, "ep"], [2, "ep"], [2, "tp"], [1, "tp"]] as const).map(([ffn, split]) => [precision, ffn, split] as const),
+    (
+      [
+        [1, "ep"],
+        [2, "ep"],
+        [2, "tp"],
+        [1, "tp"],
+      ] as const
+    ).map(([ffn, split]) => [precision, ffn, split] as const),
   );
   test.each(cases)("%s over %i ranks, %s: near the whole", (precision, ffn, split) => {
-    const whole = through({ precision, kv: "bf16", ffn: 1, stopAfter: "partition" });
     const g = through({ precision, kv: "bf16", ffn, split, stopAfter: "shard" });
     expect(ranksOf(g)).toBe(ffn);
     for (const op of g.ops) if (op.place?.startsWith("ffn")) expect(knowledge(op.kind).rowwise).toBe("row");
-    const error = relativeError(logits(g), logits(whole));
-    // int8 scales the rows of each rank by themselves
-    expect(error).toBeLessThan(ffn === 1 ? 1e-12 : precision === "int8" ? 0.05 : 0.02);
+    for (const one of layers) {
+      const [whole, sharded] = [1, ffn].map((ranks) =>
+        through({ precision, kv: "bf16", ffn: ranks, split, stopAfter: "shard" }, one.graph),
+      ) as [Graph, Graph];
+      const error = relativeError(branch(sharded, one.weights), branch(whole, one.weights));
+      // partials in bf16; int8 also scales the rows of each rank by themselves
+      expect(error).toBeLessThan(ffn === 1 ? 1e-12 : precision === "int8" ? 0.02 : 0.005);
+    }
   });
 
   test("four ranks: ep2tp2, and more expert groups than experts", () => {
-    const wide = step3Model({ sizes: { intermediate: 512, shared: 512, experts: 3, layers: 2 } });
-    const whole = runPasses(wide.graph, passes({ precision: "bf16", kv: "bf16", ffn: 1, split: "ep" }), { stopAfter: "partition" });
+    const wide = step3Model({ sizes: { intermediate: 512, shared: 512, experts: 3, layers: 2, moeIntermediate: 136 } });
+    const whole = runPasses(wide.graph, passes({ precision: "bf16", kv: "bf16", ffn: 1, split: "ep" }), {
+      stopAfter: "partition",
+    });
     const reference = run(whole, wide.weights, inputs).get("logits");
     for (const split of ["ep", "ep2tp2"]) {
       const g = runPasses(wide.graph, passes({ precision: "fp8", kv: "bf16", ffn: 4, split }), { stopAfter: "shard" });
@@ -265,7 +353,14 @@ describe("shard", () => {
     const input = drawnInputs(g, 3, 6);
     const whole = run(runPasses(g, [partition({ ffnRanks: 1 })]), weights, input).get("y");
     const sharded = runPasses(g, [partition({ ffnRanks: 3 }), shard({ ranks: 3, split: "ep" })]);
-    expect(sharded.ops.filter((op) => op.place === "ffn2").map((op) => op.kind)).toEqual(["reduce", "cast", "const", "const", "where", "spread"]);
+    expect(sharded.ops.filter((op) => op.place === "ffn2").map((op) => op.kind)).toEqual([
+      "reduce",
+      "cast",
+      "const",
+      "const",
+      "where",
+      "spread",
+    ]);
     const got = run(sharded, weights, input).get("y");
     expect(relativeError(got as NonNullable<typeof got>, whole as NonNullable<typeof whole>)).toBeLessThan(0.01);
   });
@@ -280,7 +375,9 @@ describe("shard", () => {
         const cast = producer.get(v.name) as Op;
         expect([cast.kind, (cast.inputs[0]?.type as TensorType).dtype]).toEqual(["cast", "f32"]);
       }
-      const added = g.ops.filter((op) => op.kind === "add" && op.inputs.some((v) => collect.outputs.includes(producer.get(v.name)?.inputs[0] as never)));
+      const added = g.ops.filter(
+        (op) => op.kind === "add" && op.inputs.some((v) => collect.outputs.includes(producer.get(v.name)?.inputs[0] as never)),
+      );
       expect(added.map((op) => (op.outputs[0]?.type as TensorType).dtype)).toEqual(["f32", "f32"]);
       expect(added[1]?.inputs[0]).toBe(added[0]?.outputs[0]);
     }
@@ -291,16 +388,48 @@ describe("shard", () => {
       "model.layers.0.mlp.gate_proj.weight: 300 columns are 3 blocks of 128, fewer than the 4 FFN ranks that share them; use at most 3 FFN ranks",
     );
     const narrow = step3Model({ sizes: { intermediate: 512, shared: 512 } });
-    expect(() => through({ ffn: 4, split: "tp", precision: "int8" }, narrow.graph)).toThrow(/moe\.gate_proj\.weight: 260 columns are 3 blocks .* use --ffn-split ep/);
+    expect(() => through({ ffn: 4, split: "tp", precision: "int8" }, narrow.graph)).toThrow(
+      /moe\.gate_proj\.weight: 136 columns are 2 blocks .* use --ffn-split ep/,
+    );
     expect(() => through({ ffn: 4, split: "tp" }, narrow.graph)).toThrow(UserError);
   });
 
   test("every element of a weight is on some rank, and no rank has those of another's experts", () => {
     const g = through({ ffn: 2, split: "ep", stopAfter: "shard" });
-    const rows = (name: string): unknown => g.weights.filter((w) => w.value.name.startsWith(name)).map((w) => ("slice" in w.source ? w.source.slice : undefined));
-    expect(rows("l1_moe_gate_proj")).toEqual([[[0, 3], [0, 260], [0, 136]], [[3, 6], [0, 260], [0, 136]]]);
-    expect(rows("l0_mlp_gate_proj")).toEqual([[[0, 256], [0, 136]], [[256, 300], [0, 136]]]);
-    expect(rows("l0_mlp_down_proj")).toEqual([[[0, 136], [0, 256]], [[0, 136], [256, 300]]]);
+    const rows = (name: string): unknown =>
+      g.weights.filter((w) => w.value.name.startsWith(name)).map((w) => ("slice" in w.source ? w.source.slice : undefined));
+    expect(rows("l1_moe_gate_proj")).toEqual([
+      [
+        [0, 2],
+        [0, 136],
+        [0, 136],
+      ],
+      [
+        [2, 4],
+        [0, 136],
+        [0, 136],
+      ],
+    ]);
+    expect(rows("l0_mlp_gate_proj")).toEqual([
+      [
+        [0, 256],
+        [0, 136],
+      ],
+      [
+        [256, 300],
+        [0, 136],
+      ],
+    ]);
+    expect(rows("l0_mlp_down_proj")).toEqual([
+      [
+        [0, 136],
+        [0, 256],
+      ],
+      [
+        [0, 136],
+        [256, 300],
+      ],
+    ]);
   });
 });
 
@@ -309,10 +438,13 @@ const expertsOnly = (experts: number): Graph => {
   const b = new Builder("experts_only", [{ name: "T", min: 0, max: 4, multiple: 1, source: "host" }]);
   const x = b.input("x", tensor("bf16", ["T", 16]));
   const [pages, position] = [b.input("pages", tensor("i32", ["T", 2])), b.input("position", tensor("i32", ["T"]))];
-  const w = (name: string, ...shape: number[]): ReturnType<Builder["weight"]> => b.weight(name, tensor("bf16", shape), { kind: "tensor", tensor: name });
+  const w = (name: string, ...shape: number[]): ReturnType<Builder["weight"]> =>
+    b.weight(name, tensor("bf16", shape), { kind: "tensor", tensor: name });
   const kv = b.op("kv_append", [b.state("kv0", { kind: "kv", dtype: "bf16", heads: 1, dim: 16 }), x, x, pages, position]);
   const x1 = b.op("add", [x, b.op("attention", [x, kv, pages, position], { heads: 1, scale: 0.25 })]);
-  const [top, ids] = b.ops("topk", [b.op("softmax", [b.op("linear", [x1, w("gate", experts, 16)], { to: "f32", keep: true })])], { k: 1 });
+  const [top, ids] = b.ops("topk", [b.op("softmax", [b.op("linear", [x1, w("gate", experts, 16)], { to: "f32", keep: true })])], {
+    k: 1,
+  });
   if (top === undefined || ids === undefined) throw new Error("topk has two results");
   const up = b.op("grouped_linear", [x1, w("up", experts, 24, 16), ids], {});
   const down = b.op("grouped_linear", [b.op("gelu", [up]), w("down", experts, 16, 24), ids], { to: "f32" });
@@ -344,16 +476,26 @@ const countKinds = (g: Graph): Map<string, number> => {
 
 describe("fuse", () => {
   test.each(policies)("weights %s, kv %s: keeps every rounding, in normal form", (precision, kv) => {
-    for (const [ffn, split] of [[0, "ep"], [1, "ep"], [2, "tp"], [2, "ep"]] as const)
+    for (const [ffn, split] of [
+      [0, "ep"],
+      [1, "ep"],
+      [2, "tp"],
+      [2, "ep"],
+    ] as const)
       expect(fuseAgrees(through({ precision, kv, ffn, split, stopAfter: "shard" }), model)).toBe(true);
   });
 
   test("makes the kernels that matter", () => {
     const g = through({ precision: "fp8", kv: "fp8", ffn: 2, split: "ep" });
-    const kernel = (output: string): readonly string[] => g.ops.find((op) => op.outputs.some((v) => v.name === output))?.body?.ops.map((op) => op.kind) ?? [];
+    const kernel = (output: string): readonly string[] =>
+      g.ops.find((op) => op.outputs.some((v) => v.name === output))?.body?.ops.map((op) => op.kind) ?? [];
     expect(kernel("l0_x1")).toEqual(["scaled_linear", "cast", "add", "cast"]);
     // residual, both partials, norm and quantisation of the next layer's input
-    expect(g.ops.find((op) => op.outputs.some((v) => v.name === "l1_h_codes"))?.outputs.map((v) => v.name)).toEqual(["l0_x2", "l1_h_scales", "l1_h_codes"]);
+    expect(g.ops.find((op) => op.outputs.some((v) => v.name === "l1_h_codes"))?.outputs.map((v) => v.name)).toEqual([
+      "l0_x2",
+      "l1_h_scales",
+      "l1_h_codes",
+    ]);
     expect(kernel("l1_h_codes").filter((kind) => kind === "reduce")).toHaveLength(2);
     expect(kernel("l1_a_f0")).toEqual(["scaled_grouped_linear", "silu", "mul", "cast"]);
     expect(kernel("l1_y_f0")).toEqual(["scaled_linear", "add", "cast"]);
@@ -363,14 +505,18 @@ describe("fuse", () => {
     const before = through({ precision: "fp8", kv: "int8", ffn: 2, split: "tp", stopAfter: "shard" });
     const expanded = countKinds(runPasses(before, [fuse], { limit: 0 }));
     const after = countKinds(runPasses(before, [fuse, dead]));
-    for (const [kind, count] of after) if (kind !== "const" && kind !== "cast") expect(count, kind).toBeLessThanOrEqual(expanded.get(kind) ?? 0);
+    for (const [kind, count] of after)
+      if (kind !== "const" && kind !== "cast") expect(count, kind).toBeLessThanOrEqual(expanded.get(kind) ?? 0);
   });
 
   test("is the same every time, and for layers that differ only in weights", () => {
     const options = { precision: "fp8", kv: "fp8", ffn: 2, split: "ep" } as const;
     expect(printGraph(through(options))).toBe(printGraph(through(options)));
+    const deep = step3Model({ sizes: { layers: 3 } }).graph;
     const bodies = (prefix: string): readonly string[] =>
-      through(options).ops.filter((op) => op.outputs[0]?.name.startsWith(prefix)).flatMap((op) => (op.body ? [printGraph({ ...op.body, symbols: [] })] : []));
+      through(options, deep)
+        .ops.filter((op) => op.outputs[0]?.name.startsWith(prefix))
+        .flatMap((op) => (op.body ? [printGraph({ ...op.body, symbols: [] })] : []));
     expect(bodies("l2_").slice(0, 6)).toEqual(bodies("l1_").slice(0, 6));
   });
 
@@ -386,13 +532,14 @@ describe("fuse", () => {
   });
 
   test("keeps every bit of random graphs", () => {
-    for (let seed = 0; seed < 150; seed++) {
+    for (let seed = 0; seed < 60; seed++) {
       const c = randomCase(seed, { ops: 20 });
       const fused = runPasses(c.graph, passes({ precision: "bf16", kv: "bf16", ffn: 1, split: "ep" }));
       for (const op of fused.ops) if (op.body) fusedForm(op.body);
       const weights = drawnWeights(c.graph, seed);
       const reference = run(c.graph, weights, c.inputs);
-      for (const [name, y] of run(fused, weights, c.inputs)) expect(y.data, `seed ${seed}, ${name}`).toEqual(reference.get(name)?.data);
+      for (const [name, y] of run(fused, weights, c.inputs))
+        expect(y.data, `seed ${seed}, ${name}`).toEqual(reference.get(name)?.data);
     }
   });
 
@@ -407,7 +554,13 @@ describe("fuse", () => {
     bad("input x f32[T,8]\ny = softmax(x)\noutput y", /softmax in a row kernel/);
     bad("input x f32[T,8]\ninput w f32[8,8]\ny = linear(x, w)\nz = reduce(y) {fn: sum}\noutput z", /reduce in an epilogue/);
     bad("input x f32[T,8]\ninput w f32[8,8]\ny = linear(x, w)\nz = add(y, x)\noutput z", /operand of the contraction and of add/);
-    expect(fusedForm(body("input x f32[T,8]\ninput u f32[8]\nr = reduce(x) {fn: amax, group: 3}\ns = spread(r) {group: 3, size: 8}\ny = mul(s, u)\noutput y\noutput r"))).toEqual({ kind: "row", rows: ["T"], columns: 8 });
+    expect(
+      fusedForm(
+        body(
+          "input x f32[T,8]\ninput u f32[8]\nr = reduce(x) {fn: amax, group: 3}\ns = spread(r) {group: 3, size: 8}\ny = mul(s, u)\noutput y\noutput r",
+        ),
+      ),
+    ).toEqual({ kind: "row", rows: ["T"], columns: 8 });
   });
 });
 
@@ -419,4 +572,78 @@ test("what passes call a contraction has its operands by name", () => {
     expect(op.inputs).toContain(c.w);
     expect(knowledge(op.kind).inputs).toHaveLength(op.inputs.length);
   }
+});
+
+/** `; run: pass NAME key=value ...` lines of a golden: the passes to run. */
+const runLines = (text: string, file: string): readonly Pass[] => {
+  const lines = [...text.matchAll(/^; run: pass (\S+)((?: \w+=\w+)*)$/gm)];
+  if (lines.length === 0) throw new Error(`${file} has no line '; run: pass NAME'`);
+  return lines.map(([, name, options]) => {
+    const given = new Map(
+      (options ?? "")
+        .trim()
+        .split(" ")
+        .filter(Boolean)
+        .map((o) => o.split("=") as [string, string]),
+    );
+    const number = (key: string): number => Number(given.get(key) ?? Number.NaN);
+    const makers: Readonly<Record<string, () => Pass>> = {
+      fold: () => fold,
+      dead: () => dead,
+      fuse: () => fuse,
+      quantise: () => quantise({ weights: given.get("weights") as Precision, kv: given.get("kv") as Precision }),
+      partition: () => partition({ ffnRanks: number("ranks") }),
+      shard: () => shard({ ranks: number("ranks"), split: given.get("split") ?? "" }),
+    };
+    const make = makers[name ?? ""];
+    if (make === undefined) throw new Error(`${file}: no pass '${name}'`);
+    return make();
+  });
+};
+
+/** How far results may be from those before the pass; 0: the same bits. */
+const tolerance: Readonly<Record<string, number>> = { quantise: 0.15, shard: 0.02 };
+
+describe("goldens", () => {
+  const directory = join(import.meta.dirname, "golden", "passes");
+  const files = readdirSync(directory);
+  const sources = files.filter((f) => !f.endsWith(".out.step3"));
+  const produced = new Set(sources.map((f) => f.replace(/\.step3$/, ".out.step3")));
+
+  test("there is no golden that nothing produces", () => {
+    expect(files.filter((f) => f.endsWith(".out.step3") && !produced.has(f))).toEqual([]);
+  });
+
+  test.each(sources)("%s", (file) => {
+    const text = readFileSync(join(directory, file), "utf8");
+    const list = runLines(text, file);
+    const graph = parseGraph(text);
+    let result: Graph | undefined;
+    let printed: string;
+    try {
+      result = runPasses(graph, list);
+      printed = printGraph(result);
+    } catch (error) {
+      if (!(error instanceof UserError)) throw error;
+      printed = `; error: ${error.message}\n`;
+    }
+    const golden = join(directory, file.replace(/\.step3$/, ".out.step3"));
+    if (process.env.BLESS === "1") writeFileSync(golden, printed);
+    expect(printed).toBe(
+      existsSync(golden) ? readFileSync(golden, "utf8") : "no golden yet: look at the output, then set BLESS=1",
+    );
+    for (const t of [text, printed]) expect(t.trimEnd().split("\n").length).toBeLessThan(40);
+    if (result === undefined) return;
+    expect(printGraph(parseGraph(printed))).toBe(printed);
+
+    const weights = drawnWeights(graph, 3);
+    const given = drawnInputs(graph, 3, 4);
+    const [before, after] = [run(graph, weights, given), run(result, weights, given)];
+    const allowed = Math.max(...list.map((pass) => tolerance[pass.name] ?? 0));
+    for (const [name, y] of before) {
+      const got = after.get(name) as Tensor;
+      if (allowed === 0) expect(got, name).toEqual(y);
+      else expect(relativeError(got, y), name).toBeLessThan(allowed);
+    }
+  });
 });

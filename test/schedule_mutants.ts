@@ -36,18 +36,27 @@ const withProgram = (s: Schedule, r: number, change: Partial<RankProgram>): Sche
   return { ...s, programs };
 };
 
-/** Steps in another order, or fewer, or with new ones (negative: index into `added`); `after` follows the step it named. */
+/**
+ * Steps in another order, or fewer, or with new ones (negative: index into `added`). `after` follows the step it named; when that is gone,
+ * it is the launch of the slot before.
+ */
 const reorder = (steps: readonly Step[], order: readonly number[], added: readonly Step[] = []): Step[] => {
   const place = new Int32Array(steps.length).fill(-1);
   order.forEach((from, to) => {
     if (from >= 0) place[from] = to;
   });
-  return order.map((from) => {
+  const made: Step[] = [];
+  for (const from of order) {
     const step = (from < 0 ? added[-1 - from] : steps[from]) as Step;
-    if (step.op !== "post" && step.op !== "reply") return step;
-    const after = place[step.after] as number;
-    return after < 0 || after === step.after ? step : { ...step, after };
-  });
+    if (step.op !== "post" && step.op !== "reply") {
+      made.push(step);
+      continue;
+    }
+    let after = place[step.after] as number;
+    if (after < 0) after = made.findLastIndex((s) => s.op === "launch" && s.slot === step.slot);
+    made.push(after < 0 || after === step.after ? step : { ...step, after });
+  }
+  return made;
 };
 
 const all = (steps: readonly Step[]): number[] => [...steps.keys()];

@@ -105,7 +105,7 @@ describe("text", () => {
     b.at("layers.0").place = "attention";
     const x = b.op("gather", [embed, ids], {}, ["x"]);
     // attributes print in the order that the op knows them in
-    b.ops("quantise", [x], { group: 128, to: "e4m3" }, ["q", "s"]).forEach((v) => b.output(v));
+    for (const v of b.ops("quantise", [x], { group: 128, to: "e4m3" }, ["q", "s"])) b.output(v);
     expect(printGraph(b.build())).toBe(`graph tiny
 symbol T 0..8 host
 input ids i32[T]

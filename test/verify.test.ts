@@ -255,7 +255,14 @@ describe("verify", () => {
       },
       "a rope table is f32[4,2]",
     ],
-    ["a fused op without a body", { ...whole, ops: whole.ops.map((op) => Object.fromEntries(Object.entries(op).filter(([k]) => k !== "body")) as unknown as Op) }, "fused: needs a body"],
+    [
+      "a fused op without a body",
+      {
+        ...whole,
+        ops: whole.ops.map((op) => Object.fromEntries(Object.entries(op).filter(([k]) => k !== "body")) as unknown as Op),
+      },
+      "fused: needs a body",
+    ],
     ["a body on a plain op", change("y", () => ({ body: whole })), "only 'fused' has a body"],
     [
       "a body with a mistake",

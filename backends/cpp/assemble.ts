@@ -30,11 +30,12 @@ const dispatch = part("program.cpp");
 
 /** Files are compiled side by side: a few of them keep several cores busy, many would read the headers again and again. */
 const kernelsInUnit = 6;
+const mostUnits = 8;
 
 export const assemble = (program: ProgramSource): ReadonlyMap<string, string> => {
   const kernels = program.kernels.map(({ name, text, scratch }) => ({ name, text, scratch }));
   const units: RenderedKernel[][] = [];
-  const count = Math.max(1, Math.ceil(program.kernels.length / kernelsInUnit));
+  const count = Math.min(mostUnits, Math.max(1, Math.ceil(program.kernels.length / kernelsInUnit)));
   // dealt out in turn, so that kernels of one kind, which take the compiler equally long, spread over the files
   for (const [i, kernel] of program.kernels.entries()) (units[i % count] ??= []).push(kernel);
   const unitFiles = units.map((_, i) => `kernels_${i}.cpp`);
@@ -42,7 +43,7 @@ export const assemble = (program: ProgramSource): ReadonlyMap<string, string> =>
     ["CMakeLists.txt", cmake({ role: program.role, units: unitFiles, isas })],
     ["program.cpp", dispatch({ isas, count: kernels.length })],
     ["table.cpp", table({ kernels })],
-    ["kernels.h", kernelsHeader({ kernels, headers })],
+    ["kernels.h", kernelsHeader({ headers })],
     ...units.map((own, i): [string, string] => [
       unitFiles[i] as string,
       unit({ kernels: own.map(({ text }) => ({ text })) }),

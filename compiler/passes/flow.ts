@@ -41,7 +41,8 @@ export const touchesState = (op: Op): boolean => [...op.inputs, ...op.outputs].s
 /** Gives names that the graph does not have yet: `wanted`, or `wanted_2`, `wanted_3` ... */
 export const freshNames = (g: Graph): ((wanted: string) => string) => {
   const taken = new Set<string>();
-  for (const v of [...g.inputs, ...g.states, ...g.weights.map((w) => w.value), ...g.ops.flatMap((op) => op.outputs)]) taken.add(v.name);
+  for (const v of [...g.inputs, ...g.states, ...g.weights.map((w) => w.value), ...g.ops.flatMap((op) => op.outputs)])
+    taken.add(v.name);
   return (wanted) => {
     let name = wanted;
     for (let n = 2; taken.has(name); n++) name = `${wanted}_${n}`;

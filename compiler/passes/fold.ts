@@ -95,7 +95,9 @@ const same = (op: Op, made: Made): Value | undefined => {
 
 /** Ops whose results are the same on every machine. */
 const exact: ReadonlySet<string> = new Set(
-  "add sub mul div maximum minimum neg abs sqrt reciprocal floor ceil nearest less less_equal equal and or not where cast reduce spread".split(" "),
+  "add sub mul div maximum minimum neg abs sqrt reciprocal floor ceil nearest less less_equal equal and or not where cast reduce spread".split(
+    " ",
+  ),
 );
 
 /** Elements of the largest weight that folding writes out in the graph. */
@@ -136,7 +138,10 @@ const literals = (g: Graph): Map<string, Tensor> => {
 export const attrText = (attrs: Attrs): string =>
   Object.keys(attrs)
     .sort()
-    .map((key) => `${key}=${Object.is(attrs[key], -0) ? "-0" : typeof attrs[key] === "number" ? attrs[key] : JSON.stringify(attrs[key])}`)
+    .map(
+      (key) =>
+        `${key}=${Object.is(attrs[key], -0) ? "-0" : typeof attrs[key] === "number" ? attrs[key] : JSON.stringify(attrs[key])}`,
+    )
     .join(" ");
 
 /** Equal text: equal results. Undefined for ops that do more than compute. */

@@ -21,7 +21,7 @@
  * Work is not done twice, except for constants, what is computed of weights alone per column, and casts that lose nothing: those are ways
  * of reading a value, and each kernel reads for itself. Kernels span neither places nor a dispatch or collect between their ops.
  */
-import { rewrite } from "../../ir/build.ts";
+import { Builder } from "../../ir/build.ts";
 import { type Dim, dimText } from "../../ir/dim.ts";
 import type { Graph, Op, Value } from "../../ir/graph.ts";
 import { knowledge } from "../../ir/ops/index.ts";
@@ -30,7 +30,7 @@ import { typeText } from "../../ir/type.ts";
 import type { Pass, PassContext } from "../pass.ts";
 import { contraction, isContraction } from "./contraction.ts";
 import { withoutDead } from "./dead.ts";
-import { type Flow, flowOf, rowDependent, usesOf } from "./flow.ts";
+import { type Flow, flowOf, freshNames, rowDependent, usesOf } from "./flow.ts";
 import { attrText, holds } from "./fold.ts";
 
 const isElementwise = (op: Op): boolean => op.kind !== "const" && knowledge(op.kind).scalar !== undefined;
@@ -44,7 +44,6 @@ const isCast = (op: Op): boolean => {
   const [x] = op.inputs;
   return op.kind === "cast" && x !== undefined && holds((op.outputs[0]?.type as TensorType).dtype, (x.type as TensorType).dtype);
 };
-
 
 interface Group {
   readonly members: Set<Op>;
@@ -69,7 +68,8 @@ const segments = (g: Graph): ReadonlyMap<Op, number> => {
   return new Map(g.ops.map((op) => [op, op.kind === "dispatch" || op.kind === "collect" ? ++n : n] as const));
 };
 
-const together = (site: Pick<Site, "segment">, a: Op, b: Op): boolean => a.place === b.place && site.segment.get(a) === site.segment.get(b);
+const together = (site: Pick<Site, "segment">, a: Op, b: Op): boolean =>
+  a.place === b.place && site.segment.get(a) === site.segment.get(b);
 
 // --- contractions and what follows them elementwise ---------------------------------------------------------------------------
 
@@ -93,7 +93,10 @@ const epilogue = (site: Pick<Site, "flow" | "segment" | "dependent">, op: Op, ta
   const sides = new Map<Op, readonly Op[]>();
   const inside = new Set<string>([result.name]);
   const available = (o: Op): boolean =>
-    isElementwise(o) && !taken.has(o.outputs[0]?.name ?? "") && together(site, op, o) && fitsTile(o.outputs[0] as Value, rows, columns);
+    isElementwise(o) &&
+    !taken.has(o.outputs[0]?.name ?? "") &&
+    together(site, op, o) &&
+    fitsTile(o.outputs[0] as Value, rows, columns);
 
   /** ops that feed `user` from the side and nothing else */
   const feeding = (v: Value, user: Op): readonly Op[] => {
@@ -141,12 +144,49 @@ const epilogues = (g: Graph, context: PassContext): ReadonlyMap<string, Readonly
 
 const composites: ReadonlySet<string> = new Set(["rms_norm", "softmax", "quantise"]);
 
+/** An op's expansion, on inputs and with results of its own names: many layers share one. */
+interface Expansion {
+  readonly inputs: readonly Value[];
+  readonly ops: readonly Op[];
+  readonly results: readonly Value[];
+}
+
+const expansionOf = (g: Graph, op: Op): Expansion => {
+  const b = new Builder("expansion", g.symbols);
+  const inputs = op.inputs.map((v, i) => b.input(`i${i}`, v.type as TensorType));
+  const { kind, attrs, outputs } = op;
+  const results = knowledge(kind).expand?.(b, { kind, attrs, outputs, inputs }) ?? [];
+  return { inputs, ops: b.build().ops, results };
+};
+
 /** Row ops made of simpler ones become those. */
-const expanded = (g: Graph): Graph =>
-  rewrite(g, (op, b) => {
-    const { expand } = knowledge(op.kind);
-    return expand !== undefined && composites.has(op.kind) && shapeOf(op.inputs[0] as Value).length >= 2 ? expand(b, op) : undefined;
+const expanded = (g: Graph): Graph => {
+  const known = new Map<string, Expansion>();
+  const fresh = freshNames(g);
+  const ops = g.ops.flatMap((op): readonly Op[] => {
+    if (!composites.has(op.kind) || shapeOf(op.inputs[0] as Value).length < 2) return [op];
+    const key = `${op.kind} ${attrText(op.attrs)} ${op.inputs.map((v) => typeText(v.type)).join(" ")}`;
+    const expansion = known.get(key) ?? expansionOf(g, op);
+    known.set(key, expansion);
+    const values = new Map(expansion.inputs.map((v, i) => [v.name, op.inputs[i] as Value] as const));
+    expansion.results.forEach((v, i) => values.set(v.name, op.outputs[i] as Value));
+    const { place, origin } = op;
+    return expansion.ops.map((step) => {
+      for (const v of step.outputs)
+        if (!values.has(v.name)) values.set(v.name, { name: fresh(`${op.outputs[0]?.name}_${v.name}`), type: v.type });
+      const named = (vs: readonly Value[]): readonly Value[] => vs.map((v) => values.get(v.name) as Value);
+      return {
+        kind: step.kind,
+        inputs: named(step.inputs),
+        attrs: step.attrs,
+        outputs: named(step.outputs),
+        ...(place === undefined ? {} : { place }),
+        ...(origin === undefined ? {} : { origin }),
+      };
+    });
   });
+  return { ...g, ops };
+};
 
 /** What an op's rows are, as text: ops of one kernel have the same. Undefined when its shapes are not those of the row form. */
 const rowForm = (op: Op): string | undefined => {
@@ -174,7 +214,8 @@ const widthsFit = (ops: Iterable<Op>): boolean => {
   const groups: number[] = [];
   for (const op of ops) {
     for (const v of [...op.inputs, ...op.outputs]) if (shapeOf(v).length > 0) widths.add(Number(widthOf(v)));
-    if ((op.kind === "reduce" || op.kind === "spread") && typeof op.attrs.group === "number" && op.attrs.group > 0) groups.push(op.attrs.group);
+    if ((op.kind === "reduce" || op.kind === "spread") && typeof op.attrs.group === "number" && op.attrs.group > 0)
+      groups.push(op.attrs.group);
   }
   const n = Math.max(...widths);
   return [...widths].every((w) => w === n || w === 1 || groups.some((group) => Math.ceil(n / group) === w));
@@ -205,7 +246,8 @@ const circular = (site: Site, members: ReadonlySet<Op>): boolean => {
       continue;
     }
     for (const member of group.members) if (members.has(member)) return true;
-    if ([...group.members].some((m) => (flow.index.get(m) as number) > first)) for (const m of group.members) enter(m.inputs, group.members);
+    if ([...group.members].some((m) => (flow.index.get(m) as number) > first))
+      for (const m of group.members) enter(m.inputs, group.members);
   }
   return false;
 };
@@ -221,7 +263,8 @@ const groupsBefore = (site: Site, op: Op): readonly Group[] => {
       return;
     }
     const group = site.groupOf.get(from);
-    if (group !== undefined && group.contraction === undefined) found.set(group, Math.max(found.get(group) ?? 0, site.flow.index.get(from) as number));
+    if (group !== undefined && group.contraction === undefined)
+      found.set(group, Math.max(found.get(group) ?? 0, site.flow.index.get(from) as number));
   };
   op.inputs.forEach(look);
   return [...found].sort(([, a], [, b]) => b - a).map(([group]) => group);
@@ -267,7 +310,8 @@ const opsOf = (site: Site, group: Group): readonly Op[] => {
     }
     all.add(op);
   };
-  const order = (ops: Iterable<Op>): Op[] => [...ops].sort((a, b) => (site.flow.index.get(a) as number) - (site.flow.index.get(b) as number));
+  const order = (ops: Iterable<Op>): Op[] =>
+    [...ops].sort((a, b) => (site.flow.index.get(a) as number) - (site.flow.index.get(b) as number));
   if (group.contraction) include(group.contraction);
   order(group.members).forEach(include);
   const rest = order(all).filter((op) => op !== group.contraction);
@@ -297,7 +341,10 @@ const kernelOf = (ops: readonly Op[], group: Group): Kernel => {
   };
 };
 
-const bodyOf = (g: Graph, kernel: Kernel, outputs: readonly Value[], name: string): Graph => {
+/** Bodies by what they say: layers that differ only in weights share one. */
+type Bodies = Map<string, Graph>;
+
+const bodyOf = (g: Graph, kernel: Kernel, outputs: readonly Value[], name: string, bodies: Bodies): Graph => {
   const local = new Map<string, Value>();
   const inputs = kernel.inputs.map((v, i) => ({ name: `i${i}`, type: v.type }));
   kernel.inputs.forEach((v, i) => {
@@ -318,7 +365,14 @@ const bodyOf = (g: Graph, kernel: Kernel, outputs: readonly Value[], name: strin
     const made = results;
     op.outputs.forEach((v, i) => local.set(v.name, made[i] as Value));
   }
-  return { name, symbols: g.symbols, inputs, states: [], weights: [], ops, outputs: outputs.map((v) => local.get(v.name) as Value) };
+  const results = outputs.map((v) => local.get(v.name) as Value);
+  const text = [name, ...inputs.map((v) => typeText(v.type)), ...same.keys(), ...results.map((v) => v.name)].join("\n");
+  const known = bodies.get(text);
+  if (known !== undefined) return known;
+  const body: Graph = { name, symbols: g.symbols, inputs, states: [], weights: [], ops, outputs: results };
+  fusedForm(body);
+  bodies.set(text, body);
+  return body;
 };
 
 /** `layers.3.moe + layers.3.norm`: where the ops of a kernel come from, the first few. */
@@ -374,37 +428,37 @@ const assemble = (g: Graph, chosen: ReadonlyMap<string, ReadonlySet<string>>, co
   for (const group of groupOf.values()) if (!kernels.has(group)) kernels.set(group, kernelOf(opsOf(site, group), group));
   const units: { readonly at: number; readonly group?: Group; readonly op?: Op; readonly inputs: readonly Value[] }[] = [];
   const at = (op: Op): number => flow.index.get(op) as number;
-  for (const [group, kernel] of kernels) units.push({ at: Math.max(...[...group.members].map(at)), group, inputs: kernel.inputs });
+  for (const [group, kernel] of kernels)
+    units.push({ at: Math.max(...[...group.members].map(at)), group, inputs: kernel.inputs });
   for (const op of g.ops) if (!groupOf.has(op)) units.push({ at: at(op), op, inputs: op.inputs });
 
+  const bodies: Bodies = new Map();
   const needed = new Set(g.outputs.map((v) => v.name));
-  for (const unit of units)
-    if (unit.op === undefined || !readings.has(unit.op)) for (const v of unit.inputs) needed.add(v.name);
+  for (const unit of units) if (unit.op === undefined || !readings.has(unit.op)) for (const v of unit.inputs) needed.add(v.name);
   // readings that something outside of kernels takes stay, with what they read
   for (const unit of units.filter((u) => u.op !== undefined && readings.has(u.op)).sort((a, b) => b.at - a.at))
     if (unit.op?.outputs.some((v) => needed.has(v.name))) for (const v of unit.inputs) needed.add(v.name);
 
   const done = units.filter((u) => u.op === undefined || !readings.has(u.op) || u.op.outputs.some((v) => needed.has(v.name)));
-  const ops = inOrder(done, (unit) => (unit.group ? (kernels.get(unit.group) as Kernel).makes : new Set(unit.op?.outputs.map((v) => v.name)))).map(
-    (unit): Op => {
-      if (unit.group === undefined) return unit.op as Op;
-      const kernel = kernels.get(unit.group) as Kernel;
-      const [first] = unit.group.members;
-      const sorted = [...unit.group.members].sort((a, b) => at(a) - at(b));
-      const outputs = sorted.flatMap((op) => op.outputs).filter((v) => needed.has(v.name));
-      const body = bodyOf(g, kernel, outputs, unit.group.contraction?.kind ?? "row");
-      fusedForm(body);
-      return {
-        kind: "fused",
-        inputs: kernel.inputs,
-        attrs: {},
-        outputs,
-        body,
-        ...(first?.place === undefined ? {} : { place: first.place }),
-        ...originsOf(sorted),
-      };
-    },
-  );
+  const ops = inOrder(done, (unit) =>
+    unit.group ? (kernels.get(unit.group) as Kernel).makes : new Set(unit.op?.outputs.map((v) => v.name)),
+  ).map((unit): Op => {
+    if (unit.group === undefined) return unit.op as Op;
+    const kernel = kernels.get(unit.group) as Kernel;
+    const [first] = unit.group.members;
+    const sorted = [...unit.group.members].sort((a, b) => at(a) - at(b));
+    const outputs = sorted.flatMap((op) => op.outputs).filter((v) => needed.has(v.name));
+    const body = bodyOf(g, kernel, outputs, unit.group.contraction?.kind ?? "row", bodies);
+    return {
+      kind: "fused",
+      inputs: kernel.inputs,
+      attrs: {},
+      outputs,
+      body,
+      ...(first?.place === undefined ? {} : { place: first.place }),
+      ...originsOf(sorted),
+    };
+  });
   return withoutDead({ ...g, ops });
 };
 
@@ -458,7 +512,8 @@ export const fusedForm = (body: Graph): FusedForm => {
     if (seen.has(key)) fail(`'${op.outputs[0]?.name}' is computed twice`);
     seen.add(key);
   }
-  for (const v of body.outputs) if (!body.ops.some((op) => op.outputs.some((o) => o.name === v.name))) fail(`output '${v.name}' is an input`);
+  for (const v of body.outputs)
+    if (!body.ops.some((op) => op.outputs.some((o) => o.name === v.name))) fail(`output '${v.name}' is an input`);
   const [first] = body.ops;
   if (first !== undefined && isContraction(first)) return contractionForm(body, first, fail);
   return rowsForm(body, fail);
@@ -475,12 +530,14 @@ const contractionForm = (body: Graph, first: Op, fail: (why: string) => never): 
   for (const op of body.ops.slice(1)) {
     if (!isElementwise(op) && op.kind !== "const") fail(`${op.kind} in an epilogue`);
     for (const v of op.inputs) if (operands.has(v.name)) fail(`'${v.name}' is an operand of the contraction and of ${op.kind}`);
-    for (const v of [...op.inputs, ...op.outputs]) if (!fitsTile(v, rows, columns)) fail(`'${v.name}' ${typeText(v.type)} beside [${rows},${columns}]`);
+    for (const v of [...op.inputs, ...op.outputs])
+      if (!fitsTile(v, rows, columns)) fail(`'${v.name}' ${typeText(v.type)} beside [${rows},${columns}]`);
     if (op.inputs.some((v) => depends.has(v.name))) for (const v of op.outputs) depends.add(v.name);
   }
   const [out, ...more] = body.outputs as readonly [Value];
   if (more.length > 0) fail("an epilogue has more than one output");
-  if (!depends.has(out.name) || shapeOf(out)[0] !== rows || shapeOf(out)[1] !== columns) fail(`output '${out.name}' is not the contraction's`);
+  if (!depends.has(out.name) || shapeOf(out)[0] !== rows || shapeOf(out)[1] !== columns)
+    fail(`output '${out.name}' is not the contraction's`);
   return { kind: "contraction", contraction: first, rows, columns };
 };
 
@@ -493,11 +550,13 @@ const rowsForm = (body: Graph, fail: (why: string) => never): FusedForm => {
   const values = [...body.inputs, ...body.ops.flatMap((op) => op.outputs)];
   for (const v of values) {
     const own = vector ? shapeOf(v).map(dimText).join(",") : rowsText(v);
-    if (!bare(v) && (own !== text || (!vector && typeof widthOf(v) !== "number"))) fail(`'${v.name}' ${typeText(v.type)} has not rows [${text}]`);
+    if (!bare(v) && (own !== text || (!vector && typeof widthOf(v) !== "number")))
+      fail(`'${v.name}' ${typeText(v.type)} has not rows [${text}]`);
   }
   for (const op of body.ops) {
     if (!isRowOp(op) && op.kind !== "const") fail(`${op.kind} in a row kernel`);
-    if (!isElementwise(op) && op.kind !== "const" && (vector || bare(op.inputs[0] as Value))) fail(`${op.kind} of a value without rows`);
+    if (!isElementwise(op) && op.kind !== "const" && (vector || bare(op.inputs[0] as Value)))
+      fail(`${op.kind} of a value without rows`);
   }
   for (const v of body.outputs) if (bare(v)) fail(`output '${v.name}' ${typeText(v.type)} has no rows`);
   if (!vector && !widthsFit(body.ops)) fail("widths are not one number of columns and its groups");

@@ -180,7 +180,8 @@ const cutBranch = (site: Site, branch: Branch): Cut | string => {
   // the ops that come after a core contraction: where the result goes back
   const after = new Set<Op>(core);
   for (const op of branch.ops)
-    if (op.inputs.some((v) => members.has(flow.producer.get(v.name) as Op) && after.has(flow.producer.get(v.name) as Op))) after.add(op);
+    if (op.inputs.some((v) => members.has(flow.producer.get(v.name) as Op) && after.has(flow.producer.get(v.name) as Op)))
+      after.add(op);
   const back = new Network();
   const backNode = new Map([...after].map((op) => [op, back.node()] as const));
   for (const op of core) back.edge(back.source, backNode.get(op) as number, unbounded);
@@ -230,7 +231,9 @@ const cutBranch = (site: Site, branch: Branch): Cut | string => {
   };
   for (const op of before) {
     const node = outNode.get(op) as number;
-    const stays = op.outputs.some((v) => flow.outputs.has(v.name) || usesOf(flow, v).some((user) => !outNode.has(user) && !ffn.has(user)));
+    const stays = op.outputs.some(
+      (v) => flow.outputs.has(v.name) || usesOf(flow, v).some((user) => !outNode.has(user) && !ffn.has(user)),
+    );
     if (stays || !movable(op)) out.edge(out.source, node, unbounded);
     for (const v of op.inputs) {
       if (!dependent.has(v.name)) continue;
@@ -332,7 +335,11 @@ export const decide = (g: Graph): Decision => {
       const free = !op.outputs.some((v) => site.dependent.has(v.name));
       reasons.set(
         op,
-        touchesState(op) ? "reads or changes a state" : free ? "a constant: computed wherever it is used" : "in no feed-forward branch",
+        touchesState(op)
+          ? "reads or changes a state"
+          : free
+            ? "a constant: computed wherever it is used"
+            : "in no feed-forward branch",
       );
     }
   if (exchanges.length === 0) {
@@ -368,12 +375,15 @@ const place = (g: Graph, exchanges: readonly Exchange[]): Graph => {
   const dependent = rowDependent(g);
   const fresh = freshNames(g);
   const owner = new Map(exchanges.flatMap((e) => e.ffn.map((op) => [op, e] as const)));
-  const byPull = new Map(exchanges.map((e) => [e.pull.name, e] as const));
-  const waiting = new Map(exchanges.map((e) => [e, new Set(e.push.filter((v) => flow.producer.has(v.name)).map((v) => v.name))] as const));
+  const waiting = new Map(
+    exchanges.map((e) => [e, new Set(e.push.filter((v) => flow.producer.has(v.name)).map((v) => v.name))] as const),
+  );
   const ops: Op[] = [];
   /** the exchange whose result has not been collected, with that result */
   let open: { readonly exchange: Exchange; readonly number: number; readonly result: Value } | undefined;
   let posted = 0;
+  /** results that have not been collected */
+  const awaited = new Set(exchanges.map((e) => e.pull.name));
   const freeCopies = new Map<string, Value>();
 
   /** An op whose value needs no token is computed again on the FFN side. */
@@ -393,6 +403,7 @@ const place = (g: Graph, exchanges: readonly Exchange[]): Graph => {
     if (open === undefined) return;
     const { exchange, number, result } = open;
     open = undefined;
+    awaited.delete(exchange.pull.name);
     ops.push({
       kind: "collect",
       inputs: [result],
@@ -437,18 +448,36 @@ const place = (g: Graph, exchanges: readonly Exchange[]): Graph => {
     }
   };
 
+  /** for an op that changes a state, the ops that read the version it changes: they come before it */
+  const readers = new Map<Op, readonly Op[]>();
+  for (const op of g.ops)
+    if (op.outputs.some((v) => v.type.kind === "kv"))
+      readers.set(
+        op,
+        op.inputs.filter((v) => v.type.kind === "kv").flatMap((v) => usesOf(flow, v).filter((user) => user !== op)),
+      );
+
   for (const [exchange, missing] of waiting)
     if (missing.size === 0) {
       waiting.delete(exchange);
       dispatch(exchange);
     }
-  for (const op of g.ops) {
-    if (owner.has(op)) continue;
-    if (op.inputs.some((v) => open !== undefined && byPull.get(v.name) === open.exchange)) collect();
-    ops.push({ ...op, place: "attention" });
-    for (const v of op.outputs) made(v);
+  // what does not need the result that is under way goes before its collect; the order of the graph otherwise stays
+  for (let left = g.ops.filter((op) => !owner.has(op)); left.length > 0; collect()) {
+    const late = new Set<Op>();
+    const lateValues = new Set<string>();
+    for (const op of left) {
+      const missing = op.inputs.some((v) => lateValues.has(v.name) || awaited.has(v.name));
+      if (missing || readers.get(op)?.some((reader) => late.has(reader))) {
+        late.add(op);
+        for (const v of op.outputs) lateValues.add(v.name);
+        continue;
+      }
+      ops.push({ ...op, place: "attention" });
+      for (const v of op.outputs) made(v);
+    }
+    left = [...late];
   }
-  collect();
   return withoutDead({ ...g, ops });
 };
 
@@ -469,7 +498,8 @@ export const partition = ({ ffnRanks }: { readonly ffnRanks: number }): Pass => 
       exchanges.filter(() => context.apply()),
     );
   },
-  explain: (g) => (ffnRanks === 0 ? "partition: there are no FFN ranks: everything runs on the attention side\n" : explainPartition(g)),
+  explain: (g) =>
+    ffnRanks === 0 ? "partition: there are no FFN ranks: everything runs on the attention side\n" : explainPartition(g),
 });
 
 /** For people: each op's side and the reason, each exchange with the bytes per token of every value that crosses. */

@@ -114,4 +114,3 @@ export const quantise = (options: QuantiseOptions): Pass => ({
     return withoutDead(result);
   },
 });
-

@@ -200,7 +200,8 @@ const planOf = (g: Graph, flow: Flow, part: Part, split: Split): Plan => {
     } else if (op.kind === "quantise") {
       const [x, codes, scales] = [op.inputs[0], ...op.outputs];
       const group = quantiseGroup(op);
-      if (x === undefined || codes === undefined || scales === undefined) throw new Error("quantise has one input and two results");
+      if (x === undefined || codes === undefined || scales === undefined)
+        throw new Error("quantise has one input and two results");
       for (const v of [x, scales]) ties.tie(v.name, codes.name);
       if (group !== 0 && blockColumns % group !== 0) needWhole(codes);
       for (const user of usesOf(flow, scales)) if (contraction(user)?.xs?.name !== scales.name) needWhole(scales);
@@ -248,7 +249,8 @@ const checkExperts = (flow: Flow, part: Part, grouped: ReadonlySet<string>, part
     if (c?.ids !== undefined) ids.add(c.ids.name);
     if (op.kind === "combine" && grouped.has(op.inputs[0]?.name ?? "")) ids.add(op.inputs[1]?.name ?? "");
     for (const v of op.outputs) {
-      if (op.kind === "combine" && !(partialFits.get(v.name) ?? false)) cannotSplit(op, "its sum over experts is not only added to others");
+      if (op.kind === "combine" && !(partialFits.get(v.name) ?? false))
+        cannotSplit(op, "its sum over experts is not only added to others");
       if (!grouped.has(v.name)) continue;
       for (const user of usesOf(flow, v)) {
         const takes = contraction(user);
@@ -285,7 +287,15 @@ interface Emit {
 }
 
 /** The ops of one exchange on one rank; gives the rank's partial. */
-const onRank = (part: Part, plan: Plan, split: Split, rank: number, received: readonly Value[], free: (v: Value) => Value, emit: Emit): Value => {
+const onRank = (
+  part: Part,
+  plan: Plan,
+  split: Split,
+  rank: number,
+  received: readonly Value[],
+  free: (v: Value) => Value,
+  emit: Emit,
+): Value => {
   const ranks = split.groups * split.ranksPerGroup;
   const group = Math.floor(rank / split.ranksPerGroup);
   const inGroup = rank % split.ranksPerGroup;
@@ -321,7 +331,11 @@ const onRank = (part: Part, plan: Plan, split: Split, rank: number, received: re
       const [bn, bk] = op.attrs.block as readonly [number, number];
       const k = shapeOf(c.w).at(-1) as number;
       const wholeRow = bk >= k;
-      inputs.push(xs.value, w, emit.sliced(c.ws, [...lead, inBlocks(rows, bn, op), wholeRow ? undefined : inBlocks(columns, bk, op)]));
+      inputs.push(
+        xs.value,
+        w,
+        emit.sliced(c.ws, [...lead, inBlocks(rows, bn, op), wholeRow ? undefined : inBlocks(columns, bk, op)]),
+      );
       if (wholeRow && columns !== undefined) attrs.block = [bn, columns[1] - columns[0]];
     } else inputs.push(w);
     if (c.ids !== undefined) inputs.push((get(c.ids) as Local).value);
@@ -341,14 +355,23 @@ const onRank = (part: Part, plan: Plan, split: Split, rank: number, received: re
       const [a, b] = addends;
       if (a === "nothing" && b === "nothing") return "nothing";
       if (a === "nothing" && b !== undefined && b !== "nothing")
-        return op.kind === "add" ? { ...b, partial: true } : { value: emit.op("neg", [b.value], {}, stem(out.name), op.origin), partial: true };
+        return op.kind === "add"
+          ? { ...b, partial: true }
+          : { value: emit.op("neg", [b.value], {}, stem(out.name), op.origin), partial: true };
       if (b === "nothing" && a !== undefined) return { ...(a as Local), partial: true };
     } else if (operands.includes("nothing")) return "nothing";
     const columns = rangeOf(out);
     const inputs = op.inputs.map((v, i) => {
       const { value } = operands[i] as Local;
       const own = columns !== undefined && !here.has(v.name) && shapeOf(v).at(-1) !== 1 && shapeOf(v).length > 0;
-      return own ? emit.sliced(v, [...shapeOf(v).slice(1).map(() => undefined), columns]) : value;
+      return own
+        ? emit.sliced(v, [
+            ...shapeOf(v)
+              .slice(1)
+              .map(() => undefined),
+            columns,
+          ])
+        : value;
     });
     const [value] = emit.like(op, inputs, op.attrs);
     return { value: value as Value, ...(columns === undefined ? {} : { columns }), partial };
@@ -379,7 +402,11 @@ const onRank = (part: Part, plan: Plan, split: Split, rank: number, received: re
       const columns = op.kind === "quantise" ? rangeOf(first) : undefined;
       const { group: _, ...rest } = op.attrs;
       const attrs = columns !== undefined && quantiseGroup(op) === 0 ? rest : op.attrs;
-      const values = emit.like(op, operands.map((o) => (o as Local).value), attrs);
+      const values = emit.like(
+        op,
+        operands.map((o) => (o as Local).value),
+        attrs,
+      );
       op.outputs.forEach((v, i) =>
         here.set(v.name, { value: values[i] as Value, ...(columns === undefined ? {} : { columns }), partial: false }),
       );
@@ -394,9 +421,14 @@ const onRank = (part: Part, plan: Plan, split: Split, rank: number, received: re
 
 /** Experts of an exchange: all its grouped linears have as many. */
 const expertsOf = (part: Part, plan: Plan): number => {
-  const sizes = new Set(part.ops.flatMap((op) => (plan.grouped.size > 0 && contraction(op)?.ids ? [shapeOf((contraction(op) as Contraction).w)[0] as number] : [])));
+  const sizes = new Set(
+    part.ops.flatMap((op) =>
+      plan.grouped.size > 0 && contraction(op)?.ids ? [shapeOf((contraction(op) as Contraction).w)[0] as number] : [],
+    ),
+  );
   const [size, ...others] = sizes;
-  if (size === undefined || others.length > 0) return cannotSplit(part.collect, "its grouped linears have different numbers of experts");
+  if (size === undefined || others.length > 0)
+    return cannotSplit(part.collect, "its grouped linears have different numbers of experts");
   return size;
 };
 
@@ -419,7 +451,8 @@ const zeros = (like: Value, received: readonly Value[], origin: string | undefin
   const source = received.find((v) => shapeOf(v)[0] === type.shape[0] && shapeOf(v).length === 2);
   if (source === undefined || columns === undefined || type.shape.length !== 2)
     throw new Error(`no zeros for '${like.name}': nothing dispatched has its rows`);
-  const op = (kind: string, inputs: readonly Value[], attrs: Attrs): Value => emit.op(kind, inputs, attrs, `${like.name}_none`, origin);
+  const op = (kind: string, inputs: readonly Value[], attrs: Attrs): Value =>
+    emit.op(kind, inputs, attrs, `${like.name}_none`, origin);
   const one = op("cast", [op("reduce", [source], { fn: "max" })], { to: type.dtype });
   const never = op("const", [], { value: 0, dtype: "bool" });
   const none = op("where", [never, one, op("const", [], { value: 0, dtype: type.dtype })], {});
@@ -443,7 +476,8 @@ const sliceValues = (values: readonly number[], shape: readonly number[], ranges
   if (range === undefined) return values;
   const step = shape.slice(1).reduce((a, b) => a * b, 1);
   const picked: number[] = [];
-  for (let i = range[0]; i < range[1]; i++) picked.push(...sliceValues(values.slice(i * step, (i + 1) * step), shape.slice(1), inner));
+  for (let i = range[0]; i < range[1]; i++)
+    picked.push(...sliceValues(values.slice(i * step, (i + 1) * step), shape.slice(1), inner));
   return picked;
 };
 
@@ -520,22 +554,42 @@ const divide = (g: Graph, ranks: number, split: Split): Graph => {
     const known = newWeights.get(key);
     if (known) return known.value;
     const type = { ...own.value.type, shape: full.map(([from, to]) => to - from) };
-    const made: Weight = { value: { name: fresh(`${weight.name}_f${rank}`), type }, source: sliceSource(own.source, shape, full) };
+    const made: Weight = {
+      value: { name: fresh(`${weight.name}_f${rank}`), type },
+      source: sliceSource(own.source, shape, full),
+    };
     newWeights.set(key, made);
     return made.value;
   };
 
   const emitOn = (rank: number): Emit => {
     const place: Place = `ffn${rank}`;
-    const add = (kind: string, inputs: readonly Value[], attrs: Attrs, names: readonly string[], origin: string | undefined): readonly Value[] => {
-      const types = inferTypes(kind, inputs.map((v) => v.type), attrs);
+    const add = (
+      kind: string,
+      inputs: readonly Value[],
+      attrs: Attrs,
+      names: readonly string[],
+      origin: string | undefined,
+    ): readonly Value[] => {
+      const types = inferTypes(
+        kind,
+        inputs.map((v) => v.type),
+        attrs,
+      );
       const outputs = types.map((type, i) => ({ name: fresh(`${names[i]}_f${rank}`), type }));
       ops.push({ kind, inputs, attrs, outputs, place, ...(origin === undefined ? {} : { origin }) });
       return outputs;
     };
     return {
       op: (kind, inputs, attrs, name, origin) => add(kind, inputs, attrs, [name], origin)[0] as Value,
-      like: (op, inputs, attrs) => add(op.kind, inputs, attrs, op.outputs.map((v) => stem(v.name)), op.origin),
+      like: (op, inputs, attrs) =>
+        add(
+          op.kind,
+          inputs,
+          attrs,
+          op.outputs.map((v) => stem(v.name)),
+          op.origin,
+        ),
       sliced: (weight, ranges) => slicedWeight(rank, weight, ranges),
     };
   };
@@ -646,10 +700,15 @@ const addUp = (
     return push("cast", [v], { to: wide }, { name: fresh(`${v.name}_wide`), type: { ...type, dtype: wide } });
   };
   const addends = [...(residual === undefined ? [] : [residual]), ...partials.values];
-  const sum = addends.slice(1).reduce((total, v, i) => {
-    const last = i === addends.length - 2 && dtype === wide;
-    const out = last ? result : { name: fresh(`${result.name}_sum`), type: { ...(result.type as TensorType), dtype: wide } as const };
-    return push("add", [total, asWide(v)], {}, out);
-  }, asWide(addends[0] as Value));
+  const sum = addends.slice(1).reduce(
+    (total, v, i) => {
+      const last = i === addends.length - 2 && dtype === wide;
+      const out = last
+        ? result
+        : { name: fresh(`${result.name}_sum`), type: { ...(result.type as TensorType), dtype: wide } as const };
+      return push("add", [total, asWide(v)], {}, out);
+    },
+    asWide(addends[0] as Value),
+  );
   if (dtype !== wide) push("cast", [sum], { to: dtype }, result);
 };

@@ -17,6 +17,7 @@ MeshConfig MeshConfig::read(const char *json) {
   for (const Json &s : file["schedules"].items()) c.slots.push_back(static_cast<std::uint32_t>(s["slots"].whole(1, 1024)));
   if (const Json *v = file.root().find("spin")) c.spin = static_cast<std::uint32_t>(v->whole(0, 1 << 30));
   if (const Json *v = file.root().find("timeout_ms")) c.timeout_ms = static_cast<std::uint32_t>(v->whole(1, INT32_MAX));
+  if (const Json *v = file.root().find("leave_ms")) c.leave_ms = static_cast<std::uint32_t>(v->whole(0, INT32_MAX));
   return c;
 }
 

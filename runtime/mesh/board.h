@@ -17,7 +17,7 @@ struct MeshConfig {
   std::uint32_t attention = 1, ffn = 0;
   std::vector<std::uint32_t> slots;  // of each schedule
   std::string session;
-  std::uint32_t spin = 2000, timeout_ms = 30000;
+  std::uint32_t spin = 2000, timeout_ms = 30000, leave_ms = 0;
 
   std::uint32_t ranks() const { return attention + ffn; }
   static MeshConfig read(const char *json);

@@ -403,8 +403,9 @@ void Shm::meet() {
   }
 }
 
-/// The thread that notices when a peer ends.
+/// The thread that notices when a peer ends. The rank itself sees it at its next wait; one that is in a long kernel is not waited for.
 void Shm::watch() {
+  Clock::time_point failed_at;
   for (;;) {
     std::vector<pollfd> list = {{stop, POLLIN, 0}};
     std::vector<std::uint32_t> ranks = {mesh.rank};
@@ -413,8 +414,15 @@ void Shm::watch() {
         list.push_back({peers[r].fd, POLLIN, 0});
         ranks.push_back(r);
       }
-    if (::poll(list.data(), list.size(), -1) < 0) continue;
+    const bool hurry = failed.load() && mesh.config.leave_ms > 0;
+    if (::poll(list.data(), list.size(), hurry ? 50 : -1) < 0) continue;
     if (list[0].revents) return;
+    if (hurry && Clock::now() - failed_at > std::chrono::milliseconds(mesh.config.leave_ms)) {
+      const std::lock_guard lock(mutex);
+      const std::string text = say("step3-run: ", failure, " while rank ", mesh.config.name(mesh.rank), " was computing\n");
+      if (::write(2, text.data(), text.size()) < 0) ::_exit(exit_internal);
+      ::_exit(exit_peer);
+    }
     for (std::size_t i = 1; i < list.size(); i++) {
       if (!list[i].revents) continue;
       Peer &peer = peers[ranks[i]];
@@ -430,6 +438,7 @@ void Shm::watch() {
         const std::lock_guard lock(mutex);
         if (failure.empty()) failure = heard && m.kind == Kind::fail ? say(who(ranks[i]), " failed (", m.text, ")") : say(who(ranks[i]), " ended unexpectedly");
       }
+      if (!failed.load()) failed_at = Clock::now();
       failed.store(true, std::memory_order_release);
       mesh.boards[mesh.rank]->bell.ring();
     }
