@@ -99,3 +99,23 @@ export interface RenderedKernel {
 }
 
 export type { Dim, DimSymbol, DType, Graph, KvType, Op, TensorType, Value };
+
+// What in-tree backends are made with, for others too. Types of the IR and what is known of ops come from `step3c/ir`.
+export {
+  type Dialect,
+  elementStatements,
+  fill,
+  isWide,
+  loadElement,
+  planRows,
+  type RowPlan,
+  renderScalar,
+  rowBody,
+  rowsOf,
+  type Statements,
+  storeElement,
+  tileColumns,
+  tokenSymbol,
+  variableType,
+} from "./c_family.ts";
+export { compileTemplate, loadTemplate, loadText, sourceFile, type Template } from "./template.ts";

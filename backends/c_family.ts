@@ -272,7 +272,7 @@ export const planRows = (d: Dialect, body: Graph, decline: (why: string) => unde
   const space = rowSpace(values, body.outputs);
   if (typeof space === "string") return decline(space);
   const nodes = nodesOf(body, space);
-  const schedule = scheduleNodes(nodes, body);
+  const schedule = scheduleNodes(nodes);
   const plan = new RowEmitter(d, body, space, nodes, schedule).emit();
   return plan.bufferBytes > mostBufferBytes ? decline(`a row needs ${plan.bufferBytes} bytes of intermediate values`) : plan;
 };
@@ -337,7 +337,13 @@ const rowSpace = (values: readonly Value[], outputs: readonly Value[]): RowSpace
   };
 };
 
-const nodesOf = (body: Graph, space: RowSpace): readonly Node[] => {
+/** What computes a body: nodes in order, and for each of its outputs the value that is stored. */
+interface Nodes {
+  readonly nodes: readonly Node[];
+  readonly outputs: readonly Value[];
+}
+
+const nodesOf = (body: Graph, space: RowSpace): Nodes => {
   const nodes: Node[] = [];
   const made = new Map<Value, Node>();
   const add = (n: Node): void => {
@@ -371,13 +377,19 @@ const nodesOf = (body: Graph, space: RowSpace): readonly Node[] => {
       add({ node: "reduce", fn, group, source: elements, output, columns, id: `${fn}${i}` });
     } else add({ node: "map", ...elementOf(op), columns, id: `${op.kind}${i}` });
   }
-  return nodes;
+  const copies = new Map<Value, Value>();
+  for (const v of body.outputs) {
+    const from = made.get(v);
+    const computed = from?.node === "map" || (from?.node === "reduce" && from.columns === 1);
+    if (!computed && !copies.has(v)) copies.set(v, copied(v, `copy${body.ops.length + copies.size}`, space.columns(v)));
+  }
+  return { nodes, outputs: body.outputs.map((v) => copies.get(v) ?? v) };
 };
 
 /** When each node runs: stages from 0. A map runs in the loop of its stage and columns; a reduction ends the stage. */
 type Stages = ReadonlyMap<Value, number>;
 
-const scheduleNodes = (nodes: readonly Node[], body: Graph): Stages => {
+const scheduleNodes = ({ nodes, outputs }: Nodes): Stages => {
   const nodeOf = new Map(nodes.map((n) => [n.output, n]));
   const stage = new Map<Value, number>();
   /** the first stage in which a loop of other columns, or of a later stage, can read it */
@@ -408,9 +420,8 @@ const scheduleNodes = (nodes: readonly Node[], body: Graph): Stages => {
   // what only later loops of the same columns read moves there, so that it need not be kept
   const latest = new Map<Value, number>();
   const limit = (v: Value, at: number): void => void latest.set(v, Math.min(latest.get(v) ?? Number.POSITIVE_INFINITY, at));
-  const outputs = new Set(body.outputs);
   for (const n of [...nodes].reverse()) {
-    if (n.node === "map" && n.columns > 1 && !outputs.has(n.output)) {
+    if (n.node === "map" && n.columns > 1 && !outputs.includes(n.output)) {
       const last = latest.get(n.output);
       if (last !== undefined && last > (stage.get(n.output) as number)) stage.set(n.output, last);
     }
@@ -441,6 +452,7 @@ class RowEmitter {
   private readonly body: Graph;
   private readonly space: RowSpace;
   private readonly nodes: readonly Node[];
+  private readonly outputs: readonly Value[];
   private readonly stage: Stages;
   private readonly nodeOf: ReadonlyMap<Value, Node>;
   private readonly inputAt: ReadonlyMap<Value, number>;
@@ -450,11 +462,12 @@ class RowEmitter {
   /** values of one column that are another's name or a literal */
   private readonly atoms: Map<Value, string> = new Map();
 
-  constructor(d: Dialect, body: Graph, space: RowSpace, nodes: readonly Node[], stage: Stages) {
+  constructor(d: Dialect, body: Graph, space: RowSpace, { nodes, outputs }: Nodes, stage: Stages) {
     this.d = d;
     this.body = body;
     this.space = space;
     this.nodes = nodes;
+    this.outputs = outputs;
     this.stage = stage;
     this.nodeOf = new Map(nodes.map((n) => [n.output, n]));
     this.inputAt = new Map(body.inputs.map((v, i) => [v, i]));
@@ -481,18 +494,16 @@ class RowEmitter {
     for (const loop of loops) this.keepForLater(loop);
 
     const last = Math.max(0, ...this.stage.values());
-    const tiled = loops.length === 1 && reductions.length === 0 && this.body.outputs.every((v) => loops[0]?.nodes.some((m) => m.output === v));
+    const tiled = loops.length === 1 && reductions.length === 0 && this.outputs.every((v) => loops[0]?.nodes.some((m) => m.output === v));
     const stages = Array.from({ length: last + 1 }, (_, t) => ({
       scalars: maps.filter((m) => m.columns === 1 && this.stage.get(m.output) === t).flatMap((m) => this.scalarLines(m)),
       loops: loops.filter((l) => l.stage === t).map((l) => this.loop(l, tiled)),
       reductions: reductions.filter((r) => this.stage.get(r.output) === t).flatMap((r) => this.reduction(r)),
     }));
-    const rest = this.outputLoops();
-    const all = rest.length === 0 ? stages : [...stages, { scalars: [], loops: rest, reductions: [] }];
     const tile = stages.flatMap((s) => s.loops).find((l) => l.tile !== 0);
     const tiles = tile === undefined ? 1 : Math.ceil((tile.columns as number) / tileColumns);
     const count = `${this.space.count}, ${tiles}`;
-    const text = JSON.stringify([all, [...this.setup]]);
+    const text = JSON.stringify([stages, [...this.setup]]);
     return {
       about: this.about(),
       bufferBytes: [...this.buffers].reduce((n, [v, b]) => n + b.size * (isWide(dtypeOf(v)) ? 8 : 4), 0),
@@ -503,7 +514,7 @@ class RowEmitter {
         usesRow: /\brow\b/.test(text),
         setup: [...this.setup],
         buffers: [...this.buffers.values()].map((b) => ({ ...b })),
-        stages: all,
+        stages,
       },
     };
   }
@@ -524,11 +535,7 @@ class RowEmitter {
         index,
         note: typeText(v.type),
       }))
-      .filter((a) => !a.name.startsWith("in") || (this.readers.get(this.body.inputs[a.index] as Value) ?? 0) > 0 || this.isPassedOn(a.index));
-  }
-
-  private isPassedOn(input: number): boolean {
-    return this.body.outputs.includes(this.body.inputs[input] as Value);
+      .filter((a) => !a.name.startsWith("in") || (this.readers.get(this.body.inputs[a.index] as Value) ?? 0) > 0);
   }
 
   private keep(v: Value, id: string, size: number): void {
@@ -605,7 +612,7 @@ class RowEmitter {
 
   /** Stores a value where it is an output; without an index, one that has a single column. */
   private stores(v: Value, text: string, index?: string): string[] {
-    return this.body.outputs.flatMap((o, i) => {
+    return this.outputs.flatMap((o, i) => {
       if (o !== v) return [];
       const [pointer, at] = index === undefined ? [`out${i}`, this.space.rowOf(v)] : [this.pointer(`out${i}`, v), index];
       return [storeElement(this.d, dtypeOf(v), pointer, at, text)];
@@ -683,37 +690,6 @@ class RowEmitter {
     }
     const wide = tiled && l.columns > tileColumns && group === 0;
     return loopContext(l.columns, lines, { before, group: group === 1 ? 0 : group, tile: wide ? tileColumns : 0 });
-  }
-
-  /** Copies outputs that no loop computed: inputs, views and grouped reductions. */
-  private outputLoops(): LoopContext[] {
-    const loops: LoopContext[] = [];
-    for (const [k, v] of this.body.outputs.entries()) {
-      const n = this.nodeOf.get(v);
-      if (n?.node === "map" || (n?.node === "reduce" && n.columns === 1)) continue;
-      if (this.body.outputs.indexOf(v) !== k) continue;
-      const copy: Value = { name: `copy${k}`, type: v.type };
-      const lines: string[] = [];
-      const columns = this.space.columns(v);
-      const source = (x: Value): string => {
-        const from = this.nodeOf.get(x);
-        if (columns === 1) return this.scalarName(x);
-        if (from?.node === "view") {
-          if (this.isAlias(from)) return this.space.columns(from.source) === 1 ? this.scalarName(from.source) : source(from.source);
-          return stored(from.source, `i / ${from.group}`);
-        }
-        return stored(x, "i");
-      };
-      const stored = (x: Value, index: string): string => {
-        const i = this.inputAt.get(x);
-        if (i !== undefined) return loadElement(this.d, dtypeOf(x), this.pointer(`in${i}`, x), index);
-        return `${(this.buffers.get(x) as Buffer).name}[${index}]`;
-      };
-      for (const [i, o] of this.body.outputs.entries())
-        if (o === v) lines.push(storeElement(this.d, dtypeOf(copy), this.pointer(`out${i}`, v), "i", source(v)));
-      loops.push(loopContext(columns, lines, { before: [], group: 0, tile: 0 }));
-    }
-    return loops;
   }
 }
 

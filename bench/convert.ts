@@ -13,13 +13,23 @@ import { compile, defaultOptions } from "../compiler/compile.ts";
 import { silent } from "../compiler/progress.ts";
 import { type Step3Sizes, writeStep3Checkpoint } from "../test/checkpoint.ts";
 
-const base = { hidden: 2048, heads: 16, kvHeads: 1, headDim: 128, queryRank: 512, intermediate: 6144, vocabulary: 32000 } as const;
+const base = {
+  hidden: 2048,
+  heads: 16,
+  kvHeads: 1,
+  headDim: 128,
+  queryRank: 512,
+  intermediate: 6144,
+  vocabulary: 32000,
+} as const;
 const experts = { experts: 16, topK: 3, moeIntermediate: 2048, shared: 2048, maxPosition: 4096 } as const;
 
 /** As many layers, the first one dense, as make about `bytes`. */
 const sizesFor = (bytes: number): Step3Sizes => {
   const mlp = 3 * base.hidden * 2;
-  const attention = 2 * (base.hidden * (base.queryRank + 2 * base.headDim + base.heads * base.headDim) + base.queryRank * base.heads * base.headDim);
+  const attention =
+    2 *
+    (base.hidden * (base.queryRank + 2 * base.headDim + base.heads * base.headDim) + base.queryRank * base.heads * base.headDim);
   const layer = attention + mlp * (experts.experts * experts.moeIntermediate + experts.shared);
   const rest = 4 * base.vocabulary * base.hidden + attention + mlp * base.intermediate;
   return { ...base, ...experts, layers: 1 + Math.max(1, Math.round((bytes - rest) / layer)) };
@@ -40,7 +50,9 @@ interface Measured {
 }
 
 const report = (what: string, bytes: number, seconds: number, note: string): void => {
-  process.stdout.write(`${what.padEnd(14)} ${seconds.toFixed(1).padStart(7)} s ${(bytes / 1e6 / seconds).toFixed(0).padStart(6)} MB/s  ${note}\n`);
+  process.stdout.write(
+    `${what.padEnd(14)} ${seconds.toFixed(1).padStart(7)} s ${(bytes / 1e6 / seconds).toFixed(0).padStart(6)} MB/s  ${note}\n`,
+  );
 };
 
 /** One conversion in this process, reported as JSON: memory is measured apart from the generator's. */
@@ -63,17 +75,31 @@ const all = (gigabytes: number, parent: string): void => {
     const bytes = bytesIn(checkpoint);
     report("generated", bytes, making, `${(bytes / 1e9).toFixed(2)} GB, ${sizes.layers} layers`);
     const copy = join(directory, "copy");
-    report("cp", bytes, timed(() => cpSync(checkpoint, copy, { recursive: true })), "the same bytes");
+    report(
+      "cp",
+      bytes,
+      timed(() => cpSync(checkpoint, copy, { recursive: true })),
+      "the same bytes",
+    );
     rmSync(copy, { recursive: true });
     for (const precision of ["bf16", "fp8", "int8"] as const) {
       const out = join(directory, precision);
-      const child = spawnSync(process.execPath, [fileURLToPath(import.meta.url), "--one", precision, "--dir", checkpoint, "--out", out], {
-        encoding: "utf8",
-        stdio: ["ignore", "pipe", "inherit"],
-      });
+      const child = spawnSync(
+        process.execPath,
+        [fileURLToPath(import.meta.url), "--one", precision, "--dir", checkpoint, "--out", out],
+        {
+          encoding: "utf8",
+          stdio: ["ignore", "pipe", "inherit"],
+        },
+      );
       if (child.status !== 0) throw new Error(`the conversion to ${precision} failed`);
       const { seconds, peak } = JSON.parse(child.stdout) as Measured;
-      report(`bf16 to ${precision}`, bytes, seconds, `peak ${(peak / 1e6).toFixed(0)} MB of memory, bundle ${(bytesIn(out) / 1e9).toFixed(2)} GB`);
+      report(
+        `bf16 to ${precision}`,
+        bytes,
+        seconds,
+        `peak ${(peak / 1e6).toFixed(0)} MB of memory, bundle ${(bytesIn(out) / 1e9).toFixed(2)} GB`,
+      );
       rmSync(out, { recursive: true });
     }
   } finally {
@@ -89,5 +115,6 @@ const { values } = parseArgs({
     out: { type: "string" },
   },
 });
-if (values.one === "bf16" || values.one === "fp8" || values.one === "int8") await convertOne(values.dir, values.out ?? "", values.one);
+if (values.one === "bf16" || values.one === "fp8" || values.one === "int8")
+  await convertOne(values.dir, values.out ?? "", values.one);
 else all(Number(values.gb), values.dir);

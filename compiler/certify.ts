@@ -7,14 +7,18 @@ import type { RankProgram, Schedule } from "../ir/schedule.ts";
  * would wait for one another forever, which no schedule of compiler/schedule.ts does.
  */
 export const certify = (schedule: Schedule): Certificate => {
-  const reuse = new Map<RankProgram["steps"], readonly Reuse[]>(); // attention ranks share their steps
-  for (const p of schedule.programs) if (!reuse.has(p.steps)) reuse.set(p.steps, reuseOf(p));
+  const reuse: (readonly Reuse[])[] = [];
+  for (const [r, p] of schedule.programs.entries()) {
+    // attention ranks share their program
+    const same = schedule.programs.findIndex((q) => q.steps === p.steps && q.buffers === p.buffers);
+    reuse.push(same < r ? (reuse[same] as readonly Reuse[]) : reuseOf(p));
+  }
   return {
     format: 1,
     schedule: schedule.name,
     wire: schedule.wire,
     clocks: clocksOf(schedule),
-    reuse: schedule.programs.map((p) => reuse.get(p.steps) ?? []),
+    reuse,
   };
 };
 

@@ -220,13 +220,15 @@ const fillProducts = (table: Uint16Array, scale: number, { word, bits, e4m3 }: B
     let b = bits[0] as number;
     const rounded = word[0] as number;
     if ((b & 0xffff) === 0x8000 && product !== rounded) b += Math.abs(product) > Math.abs(rounded) ? 1 : -1;
-    table[code] = product === product ? (b + 0x7fff + ((b >>> 16) & 1)) >>> 16 : 0x7fc0;
+    table[code] = Number.isNaN(product) ? 0x7fc0 : (b + 0x7fff + ((b >>> 16) & 1)) >>> 16;
   }
 };
 
 /** Bits of the largest magnitude of a block of bf16 or f32: magnitudes are ordered as their bits are. */
 const amaxBits = (x: Region, r0: number, r1: number, c0: number, c1: number): number =>
-  x.dtype === "bf16" ? amaxBits16(halves(x.bytes), x.stride, r0, r1, c0, c1) : amaxBits32(words(x.bytes), x.stride, r0, r1, c0, c1);
+  x.dtype === "bf16"
+    ? amaxBits16(halves(x.bytes), x.stride, r0, r1, c0, c1)
+    : amaxBits32(words(x.bytes), x.stride, r0, r1, c0, c1);
 
 const amaxBits16 = (source: Uint16Array, stride: number, r0: number, r1: number, c0: number, c1: number): number => {
   let largest = 0;
@@ -365,7 +367,7 @@ const quantiseI8 = (x: Region, r0: number, r1: number, c0: number, c1: number, s
     const at = r * x.columns + c0;
     for (let c = 0; c < row.length; c++) {
       const n = Math.fround((row[c] as number) / scale) + integerMagic - integerMagic;
-      out[at + c] = n > 127 ? 127 : n < -128 ? -128 : n;
+      out[at + c] = Math.max(-128, Math.min(127, n));
     }
   }
 };

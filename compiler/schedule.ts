@@ -769,20 +769,17 @@ const attentionProgram = (context: Context): Program => {
   for (const op of ops) memory.results(op);
 
   const steps: Step[] = [];
-  const sentIn = new Map(flow.dispatches.flatMap((op, e) => op.inputs.map((v): [string, number] => [v.name, e])));
-  const ready = slots.map(() => new Map<number, number>()); // slot: exchange -> last launch that makes what it sends
+  // a message leaves after the last launch of its slot: all it sends is written, and all that the answer overwrites is read
+  const latest = new Map<number, number>();
   for (const stage of flow.stages)
     for (const slot of slots)
       for (const item of stage) {
         if (item.kind === "wait") steps.push({ op: "wait", slot, exchange: item.exchange });
         else if (item.kind === "post") {
-          const after = ready[slot]?.get(item.exchange) ?? fail(`exchange ${item.exchange} sends nothing`);
+          const after = latest.get(slot) ?? fail(`exchange ${item.exchange} sends nothing`);
           steps.push({ op: "post", slot, exchange: item.exchange, type: (transfers[item.exchange] as Transfer).type, after });
         } else {
-          for (const v of item.op.outputs) {
-            const e = sentIn.get(v.name);
-            if (e !== undefined) ready[slot]?.set(e, steps.length);
-          }
+          latest.set(slot, steps.length);
           steps.push(memory.launch(item.op, slot, heads[slot] as string));
         }
       }
@@ -819,19 +816,15 @@ const ffnProgram = (context: Context, f: number): Program => {
   for (const op of ops) memory.results(op);
 
   const steps: Step[] = [];
-  const returnedIn = new Map(flow.collects.flatMap((op, e) => op.inputs.map((v): [string, number] => [v.name, e])));
-  const ready = slots.map(() => new Map<number, number>());
+  const latest = new Map<number, number>();
   blocks.forEach((block, e) => {
     for (const slot of slots) {
       for (let a = 0; a < ranks; a++) steps.push({ op: "accept", slot, exchange: e, from: a });
       for (const op of block) {
-        for (const v of op.outputs) {
-          const at = returnedIn.get(v.name);
-          if (at !== undefined) ready[slot]?.set(at, steps.length);
-        }
+        latest.set(slot, steps.length);
         steps.push(memory.launch(op, slot, fieldBuffer("head", slot)));
       }
-      const after = ready[slot]?.get(e) ?? fail(`FFN rank ${f} returns nothing in exchange ${e}`);
+      const after = latest.get(slot) ?? fail(`FFN rank ${f} returns nothing in exchange ${e}`);
       for (let a = 0; a < ranks; a++) steps.push({ op: "reply", slot, exchange: e, to: a, after });
     }
   });

@@ -452,7 +452,9 @@ const createPiece = (recipe: Recipe, placed: PlacedWeight, output: Output, conve
   ): Region => {
     const size = dtypeBytes(dtypeOf(tensor.dtype));
     if (matrix * stacked.rows + rows[0] < window.first || matrix * stacked.rows + rows[1] > window.end)
-      throw new Error(`${tensor.name}: rows ${rows.join(" to ")} of matrix ${matrix} are outside window ${window.first} to ${window.end}`);
+      throw new Error(
+        `${tensor.name}: rows ${rows.join(" to ")} of matrix ${matrix} are outside window ${window.first} to ${window.end}`,
+      );
     const begin = ((matrix * stacked.rows + rows[0] - window.first) * stacked.columns + columns[0]) * size;
     return {
       bytes: window.bytes.subarray(begin),
@@ -621,7 +623,7 @@ export const seededSource = async (configuration: unknown, seed: number): Promis
   }
 };
 
-/** SHA-256 over the canonical JSON of configuration and tensors, each with its name, dtype, shape and the BLAKE2b-512 of its bytes. */
+/** SHA-256 over the canonical JSON of configuration and tensors, each with its name, dtype, shape and the `pieces` digest of its bytes. */
 const sourceHash = (
   hasher: Hasher,
   configuration: unknown,
@@ -629,7 +631,7 @@ const sourceHash = (
   digests: ReadonlyMap<string, string>,
 ): Promise<string> => {
   const tensors = [...(checkpoint?.tensors.values() ?? [])]
-    .map(({ name, dtype, shape }) => ({ name, dtype, shape, blake2b: digests.get(name) }))
+    .map(({ name, dtype, shape }) => ({ name, dtype, shape, bytes: digests.get(name) }))
     .sort((a, b) => (a.name < b.name ? -1 : 1));
   return textHash(hasher, canonicalJson({ configuration, tensors } as Json));
 };
@@ -703,7 +705,7 @@ const convertAll = async (
       // its failure is met when it is awaited
       pending?.catch(() => {});
       users = [];
-      if (configuration !== undefined) users.push(hasher.update(`tensor ${reading.tensor.name}`, "blake2b512", fresh.bytes));
+      if (configuration !== undefined) users.push(hasher.update(`tensor ${reading.tensor.name}`, "pieces", fresh.bytes));
       let keep = Number.POSITIVE_INFINITY;
       for (const piece of reading.pieces) keep = Math.min(keep, piece.take(window));
       previous = { window, keep };
@@ -712,7 +714,7 @@ const convertAll = async (
       fresh.release(users);
       await flight.below(mostInFlight);
       if (configuration !== undefined && next?.tensor !== reading.tensor)
-        digests.set(reading.tensor.name, await hasher.digest(`tensor ${reading.tensor.name}`, "blake2b512"));
+        digests.set(reading.tensor.name, await hasher.digest(`tensor ${reading.tensor.name}`, "pieces"));
       done += fresh.bytes.length;
       progress?.(done, total);
     }

@@ -440,6 +440,11 @@ interface Uses {
   readonly lastRead: Int32Array;
   /** FFN: groups of four: a launch that rewrites what it replies with, events before it, slot * fields + field, exchange last replied to (-1: none) */
   readonly rewrites: readonly number[];
+  /**
+   * FFN, by number n of steps: when step n - 1 is a reply, the steps whose launches are done when it arrives. Launches run in order on the
+   * device, and a reply waits for one of them, not for those behind it.
+   */
+  readonly settled: Int32Array;
   /** by buffer: steps of its first write and last use, -1: none */
   readonly first: Int32Array;
   readonly last: Int32Array;
@@ -659,6 +664,11 @@ class Accesses {
     this.last[id] = at;
   }
 
+  /** A kernel may write its results before it has read its operands. */
+  alone(id: number, at: number): void {
+    if (this.last[id] === at) this.blame("overlap", at, `writes ${this.program.buffers[id]?.name}, which it also uses otherwise`);
+  }
+
   write(id: number, at: number): void {
     if ((this.first[id] as number) < 0) {
       const { region, name } = this.program.buffers[id] as Buffer;
@@ -776,6 +786,7 @@ const nothing = (found: Partial<Uses>): Uses => ({
   receives: empty,
   lastRead: empty,
   rewrites: [],
+  settled: empty,
   first: empty,
   last: empty,
   order: [],
@@ -797,6 +808,7 @@ const examineAttention = (program: RankProgram, context: Context, layout: Layout
   const next = new Int32Array(slots);
   const fresh = new Int32Array(slots * fields.length).fill(-1); // last write since the last post that carried it
   const arrived = new Int32Array(slots * fields.length).fill(-1);
+  const lastRead = new Int32Array(slots * fields.length).fill(-1); // of what a peer writes
   const protocol = (rule: CheckRule, lines: readonly string[], partner?: Partner): Uses =>
     nothing({ protocol: new Rejected(rule, lines, partner) });
 
@@ -817,6 +829,7 @@ const examineAttention = (program: RankProgram, context: Context, layout: Layout
       );
     else if ((arrived[use.code] as number) < 0)
       accesses.blame("unwritten", at, `reads ${program.buffers[id]?.name}, which no exchange has filled yet`);
+    if (!use.own) lastRead[use.code] = at;
   };
   const write = (id: number, at: number, slot: number): void => {
     const use = layout.wires[id];
@@ -850,11 +863,16 @@ const examineAttention = (program: RankProgram, context: Context, layout: Layout
       for (const name of step.in) read(accesses.find(name, slot, at), at, slot);
       for (const name of step.inout ?? []) {
         const id = accesses.find(name, slot, at);
+        accesses.alone(id, at);
         if (program.buffers[id]?.region === "state") continue;
         read(id, at, slot);
         write(id, at, slot);
       }
-      for (const name of step.out) write(accesses.find(name, slot, at), at, slot);
+      for (const name of step.out) {
+        const id = accesses.find(name, slot, at);
+        accesses.alone(id, at);
+        write(id, at, slot);
+      }
       continue;
     }
     if (step.op !== "post" && step.op !== "wait")
@@ -912,6 +930,16 @@ const examineAttention = (program: RankProgram, context: Context, layout: Layout
         );
       fresh[slot * fields.length + n] = -1;
     }
+    for (let n = pushes; n < fields.length; n++) {
+      const read = lastRead[slot * fields.length + n] as number;
+      if (carries[e * fields.length + n] === 1 && read > step.after)
+        accesses.blame(
+          "in flight",
+          at,
+          `starts after step ${step.after} and lets peers overwrite ${fields[n]?.name}`,
+          `${stepText(program, read)} may not have read it yet`,
+        );
+    }
     posted[slot] = e;
     postedAt[slot] = at;
     next[slot] = e + 1;
@@ -955,6 +983,7 @@ const examineFfn = (program: RankProgram, context: Context, layout: Layout): Use
   const lastReplied = new Int32Array(slots * fields.length).fill(-1);
   const lastRead = new Int32Array(codes * fields.length).fill(-1);
   const rewrites: number[] = [];
+  const settled = new Int32Array(steps.length + 1);
   const protocol = (rule: CheckRule, lines: readonly string[], partner?: Partner): Uses =>
     nothing({ protocol: new Rejected(rule, lines, partner) });
   const missing = (slot: number, table: Int32Array): number => {
@@ -1008,10 +1037,15 @@ const examineFfn = (program: RankProgram, context: Context, layout: Layout): Use
       for (const name of step.in) read(accesses.find(name, slot, at), at, slot);
       for (const name of step.inout ?? []) {
         const id = accesses.find(name, slot, at);
+        accesses.alone(id, at);
         read(id, at, slot);
         write(id, at);
       }
-      for (const name of step.out) write(accesses.find(name, slot, at), at);
+      for (const name of step.out) {
+        const id = accesses.find(name, slot, at);
+        accesses.alone(id, at);
+        write(id, at);
+      }
       continue;
     }
     if (step.op !== "accept" && step.op !== "reply") throw new Rejected("exchange", [`${stepText(program, at)} on an FFN rank`]);
@@ -1090,6 +1124,7 @@ const examineFfn = (program: RankProgram, context: Context, layout: Layout): Use
         );
     }
     sends[a * codes + code] = events.add(at, code, a, 1);
+    settled[at + 1] = step.after + 1;
     replied[slot] = (replied[slot] as number) + 1;
     if (replied[slot] === attention) {
       next[slot] = e + 1;
@@ -1113,7 +1148,8 @@ const examineFfn = (program: RankProgram, context: Context, layout: Layout): Use
   accesses.finish();
   const { step, code, peer, outgoing, count } = events;
   const { misuse, first, last, order } = accesses;
-  return nothing({ misuse, events: count, step, code, peer, outgoing, sends, receives, lastRead, rewrites, first, last, order });
+  return nothing({ misuse, events: count, step, code, peer, outgoing, sends, receives, lastRead, rewrites,
+    settled, first, last, order });
 };
 
 // --- all ranks together --------------------------------------------------------------------------------------------------------------
@@ -1344,7 +1380,7 @@ const hazards = (
         for (let e = exchanges - 1; e >= 0; e--) {
           if (carries[e * fields.length + n] === 0) continue;
           const read = local.lastRead[(slot * exchanges + e) * fields.length + n] as number;
-          if (read >= (clock[next * ranks + r] as number))
+          if (read >= (local.settled[clock[next * ranks + r] as number] as number))
             return new Rejected("in flight", [
               `${stepText(program, read)} reads ${fields[n]?.name} of s${slot} #${e} from a${a}, and`,
               post < 0

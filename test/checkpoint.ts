@@ -142,7 +142,8 @@ interface Planned {
 export const plannedTensors = (options: CheckpointOptions): readonly Planned[] => {
   const s = sizesOf(options);
   const all: Planned[] = [];
-  const add = (kind: Planned["kind"], name: string, ...shape: number[]): void => void all.push({ name: `${name}.weight`, shape, kind });
+  const add = (kind: Planned["kind"], name: string, ...shape: number[]): void =>
+    void all.push({ name: `${name}.weight`, shape, kind });
   const mlp = (prefix: string, columns: number, ...experts: number[]): void => {
     add("linear", `${prefix}.gate_proj`, ...experts, columns, s.hidden);
     add("linear", `${prefix}.up_proj`, ...experts, columns, s.hidden);
@@ -182,7 +183,10 @@ function* drawn(dtype: StoredDType, count: number, seed: number, value: (draw: (
   const draw = random(seed);
   const ir = dtype === "BF16" ? "bf16" : dtype === "F16" ? "f16" : dtype === "F32" ? "f32" : "e4m3";
   for (let at = 0; at < count; at += pieceElements)
-    yield encode(ir, Float64Array.from({ length: Math.min(pieceElements, count - at) }, () => value(draw)));
+    yield encode(
+      ir,
+      Float64Array.from({ length: Math.min(pieceElements, count - at) }, () => value(draw)),
+    );
 }
 
 /** As `drawn`, but from a pool that is repeated from ever different beginnings. */
@@ -202,9 +206,16 @@ const tensorsFor = (planned: Planned, options: CheckpointOptions, seed: number, 
   const columns = shape.at(-1) as number;
   if (kind === "norm") return [{ name, dtype: "BF16", shape, data: drawn("BF16", count, seed, (d) => 1 + 0.1 * normal(d)) }];
   // outputs of about the size of inputs; the router decides clearly, and logits spread
-  const gain = name.endsWith("moe.gate.weight") ? 2 : name === "lm_head.weight" ? 3 : name === "model.embed_tokens.weight" ? Math.sqrt(columns) : 1.2;
+  const gain = name.endsWith("moe.gate.weight")
+    ? 2
+    : name === "lm_head.weight"
+      ? 3
+      : name === "model.embed_tokens.weight"
+        ? Math.sqrt(columns)
+        : 1.2;
   const spread = gain / Math.sqrt(columns);
-  const dtype: StoredDType = options.dtype === "FP8" ? (kind === "linear" ? "F8_E4M3" : "BF16") : kind === "vision" ? "BF16" : (options.dtype ?? "BF16");
+  const dtype: StoredDType =
+    options.dtype === "FP8" ? (kind === "linear" ? "F8_E4M3" : "BF16") : kind === "vision" ? "BF16" : (options.dtype ?? "BF16");
   if (dtype !== "F8_E4M3") {
     const data = options.pooled
       ? pooledBytes(pools(dtype, spread), count * storedBytes(dtype), storedBytes(dtype), seed)
@@ -212,12 +223,21 @@ const tensorsFor = (planned: Planned, options: CheckpointOptions, seed: number, 
     return [{ name, dtype, shape, data }];
   }
   const block = options.block ?? [128, 128];
-  const scaleShape = shape.map((d, i) => Math.ceil(d / (i === shape.length - 1 ? block[1] : i === shape.length - 2 ? block[0] : 1)));
+  const scaleShape = shape.map((d, i) =>
+    Math.ceil(d / (i === shape.length - 1 ? block[1] : i === shape.length - 2 ? block[0] : 1)),
+  );
   const scales = scaleShape.reduce((n, d) => n * d, 1);
-  const codes = options.pooled ? pooledBytes(pools(dtype, 100), count, 1, seed) : drawn(dtype, count, seed, (d) => 100 * normal(d));
+  const codes = options.pooled
+    ? pooledBytes(pools(dtype, 100), count, 1, seed)
+    : drawn(dtype, count, seed, (d) => 100 * normal(d));
   return [
     { name, dtype, shape, data: codes },
-    { name: `${name}_scale_inv`, dtype: "F32", shape: scaleShape, data: drawn("F32", scales, seed + 1, (d) => (spread / 100) * (0.6 + 0.8 * d())) },
+    {
+      name: `${name}_scale_inv`,
+      dtype: "F32",
+      shape: scaleShape,
+      data: drawn("F32", scales, seed + 1, (d) => (spread / 100) * (0.6 + 0.8 * d())),
+    },
   ];
 };
 

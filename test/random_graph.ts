@@ -1,21 +1,25 @@
 /**
  * Random row-wise graphs, the same for a seed everywhere, with inputs and, for each output, how far a right backend may be from the
- * interpreter. Every value carries the largest magnitude it can have and a bound of a backend's error; ops that jump (quantise, topk,
- * rounding, comparing) are only put where that error is 0, so no difference is ever excused by an unlucky tie.
+ * interpreter on them. Each value is evaluated as it is made, so that ranges stay safe, and carries a bound of a backend's error; ops that
+ * jump (quantise, topk, rounding, comparing) are only put where that error is 0, so no difference is ever excused by an unlucky tie.
  */
 import {
   type Attrs,
   Builder,
+  type Datum,
   type DType,
   drawTensor,
   type Graph,
   type KvState,
+  knowledge,
+  type Op,
   randomNumbers,
   rounder,
   type Tensor,
   tensor,
   type Value,
 } from "../ir/index.ts";
+import { interpret } from "../ir/interpret.ts";
 
 export interface RandomCase {
   readonly seed: number;
@@ -42,10 +46,11 @@ interface Known {
   readonly dtype: DType;
   readonly factor: number;
   readonly columns: number;
-  /** no element is larger in magnitude */
+  /** the largest magnitude of an element */
   readonly bound: number;
-  /** every element is at least this, when it is known to be positive */
+  /** the least element, when all are positive; else 0 */
   readonly least: number;
+  /** how far a right backend may be off */
   readonly error: number;
 }
 
@@ -53,6 +58,15 @@ interface Known {
 const epsilon: Readonly<Partial<Record<DType, number>>> = { f32: 2 ** -24, bf16: 2 ** -8, f16: 2 ** -11 };
 
 const largest = 2000;
+
+/** Of no elements, any will do: then every range is [1, 1]. */
+const range = ({ data }: Tensor): { readonly bound: number; readonly least: number } => {
+  if (data.length === 0) return { bound: 1, least: 1 };
+  let [bound, least] = [0, Number.POSITIVE_INFINITY];
+  for (const x of data) [bound, least] = [Math.max(bound, Math.abs(x)), Math.min(least, x)];
+  return { bound, least: Math.max(0, least) };
+};
+
 /** elements of a weight */
 const weightLimit = 20_000;
 
@@ -63,6 +77,10 @@ class Maker {
   private readonly random: () => number;
   private readonly floats: readonly DType[];
   private readonly pool: Known[] = [];
+  /** what every value is, on the inputs of the case */
+  private readonly values = new Map<string, Datum>();
+  private settled = 0;
+  private weights = 0;
 
   constructor(seed: number, options: RandomOptions) {
     this.random = randomNumbers(seed);
@@ -88,11 +106,21 @@ class Maker {
   private input(dtype: DType, factor: number, columns: number, draw: "normal" | "unit" | { below: number }): Known {
     const name = `x${this.inputs.size}`;
     const rows = factor * (this.symbols.get("T") as number);
-    const type = { kind: "tensor", dtype, shape: [rows, columns] } as const;
-    this.inputs.set(name, drawTensor(type, draw, this.random));
+    const data = drawTensor({ kind: "tensor", dtype, shape: [rows, columns] }, draw, this.random);
+    this.inputs.set(name, data);
+    this.values.set(name, data);
     const value = this.b.input(name, tensor(dtype, [factor === 1 ? "T" : `${factor}*T`, columns]));
-    const bound = draw === "normal" ? 6 : draw === "unit" ? 1 : draw.below;
-    return { value, dtype, factor, columns, bound, least: 0, error: 0 };
+    return { value, dtype, factor, columns, ...range(data), error: 0 };
+  }
+
+  /** One integer below `below` for each token. */
+  private indices(below: number): Value {
+    const name = `x${this.inputs.size}`;
+    const rows = this.symbols.get("T") as number;
+    const data = drawTensor({ kind: "tensor", dtype: "i32", shape: [rows] }, { below }, this.random);
+    this.inputs.set(name, data);
+    this.values.set(name, data);
+    return this.b.input(name, tensor("i32", ["T"]));
   }
 
   /** A weight with its values in the graph. */
@@ -101,18 +129,46 @@ class Maker {
     const values = Array.from(drawTensor({ kind: "tensor", dtype: "f32", shape }, draw, this.random).data, (x) =>
       round(x * scale),
     );
-    return this.b.weight(`w${this.b.size}_${this.below(1e6)}`, tensor(dtype, shape), { kind: "literal", values });
+    const value = this.b.weight(`w${this.weights++}`, tensor(dtype, shape), { kind: "literal", values });
+    this.values.set(value.name, { kind: "tensor", dtype, shape, data: Float64Array.from(values) });
+    return value;
   }
 
-  /** Puts a result in the pool: its error is `computed` and, where that is not 0, half a unit more of each rounding. */
-  private put(value: Value, like: Omit<Known, "value" | "dtype" | "columns" | "error">, computed: number): Known {
-    if (value.type.kind !== "tensor") throw new Error("a state is no result of a random op");
-    const { dtype, shape } = value.type;
-    const unit = (epsilon[dtype] ?? 0) * 2;
-    const error = computed === 0 ? 0 : computed + unit * like.bound;
-    const known = { ...like, value, dtype, columns: shape[1] as number, error };
-    this.pool.push(known);
-    return known;
+  /** Evaluates what has been added since. */
+  private settle(): void {
+    const ops = this.b.build().ops.slice(this.settled);
+    interpret(ops, this.values, this.symbols, knowledge);
+    this.settled += ops.length;
+  }
+
+  private dataOf(value: Value): Tensor {
+    this.settle();
+    return this.values.get(value.name) as Tensor;
+  }
+
+  /** Puts a result in the pool: its error is `computed` and, where that is not 0, a unit more, as a rounding may go the other way. */
+  private put(value: Value, factor: number, computed: number): Known {
+    const data = this.dataOf(value);
+    const known = { value, dtype: data.dtype, factor, columns: data.shape[1] as number, ...range(data) };
+    const error = computed === 0 ? 0 : computed * 1.1 + (epsilon[data.dtype] ?? 0) * 2 * known.bound;
+    const whole = { ...known, error };
+    this.pool.push(whole);
+    return whole;
+  }
+
+  /** The largest result of the last op on the magnitudes of its inputs, unrounded: what errors of its sums are relative to. */
+  private magnitude(replaced: ReadonlyMap<string, number> = new Map()): number {
+    const op = this.b.build().ops.at(-1) as Op;
+    this.settle();
+    const inputs = op.inputs.map((v): Datum => {
+      const t = this.values.get(v.name) as Tensor;
+      if (t.dtype === "i32") return t;
+      const error = replaced.get(v.name);
+      return { ...t, data: t.data.map((x) => error ?? Math.abs(x)) };
+    });
+    const shape = (this.values.get(op.outputs[0]?.name ?? "") as Tensor).shape;
+    const [sums] = knowledge(op.kind).evaluate(inputs, op.attrs, [tensor("f64", shape)]) as readonly [Tensor];
+    return range(sums).bound;
   }
 
   private floatsInPool(test: (k: Known) => boolean = () => true): readonly Known[] {
@@ -151,39 +207,25 @@ class Maker {
     ]);
     const attrs: Attrs = kind === "gelu" && this.below(2) === 0 ? { approximate: "tanh" } : {};
     const y = this.b.op(kind, [x.value], attrs);
-    /** largest result, steepest slope over the range, least result */
-    const [bound, slope, least] = ((): readonly [number, number, number] => {
+    /** the steepest slope over the range */
+    const slope = ((): number => {
       switch (kind) {
         case "exp":
-          return [Math.exp(x.bound), Math.exp(x.bound), Math.exp(-x.bound)];
+          return Math.exp(x.bound);
         case "log":
-          return [Math.max(Math.abs(Math.log(x.bound)), Math.abs(Math.log(x.least))) + 1, 1 / x.least, 0];
-        case "sqrt":
-          return [Math.sqrt(x.bound), 0.5 / Math.sqrt(x.least), Math.sqrt(x.least)];
-        case "rsqrt":
-          return [1 / Math.sqrt(x.least), 0.5 / x.least ** 1.5, 1 / Math.sqrt(x.bound)];
         case "reciprocal":
-          return [1 / x.least, 1 / x.least ** 2, 1 / x.bound];
-        case "tanh":
-        case "erf":
-        case "sin":
-        case "cos":
-          return [1, 1.2, 0];
-        case "sigmoid":
-          return [1, 0.25, narrow ? 1 / (1 + Math.exp(x.bound)) / 2 : 0];
-        case "floor":
-        case "ceil":
-        case "nearest":
-          return [x.bound + 1, 1, 0];
-        case "abs":
-          return [x.bound, 1, x.least];
+          return 1 / x.least ** (kind === "log" ? 1 : 2);
+        case "sqrt":
+          return 0.5 / Math.sqrt(x.least);
+        case "rsqrt":
+          return 0.5 / x.least ** 1.5;
         default:
-          return [x.bound, 1.2, 0];
+          return 1.2;
       }
     })();
     const exact = ["neg", "abs", "floor", "ceil", "nearest", "reciprocal"].includes(kind);
-    const own = exact ? 0 : 2 ** -19 * Math.max(bound, 1) + 2 ** -19 * slope * x.bound;
-    this.put(y, { factor: x.factor, bound, least: least * 0.98 }, x.error * slope * 1.1 + own);
+    const bound = range(this.dataOf(y)).bound;
+    this.put(y, x.factor, x.error * slope + (exact ? 0 : 2 ** -20 * (bound + slope * Math.min(x.bound, 1))));
   }
 
   binary(): void {
@@ -199,41 +241,24 @@ class Maker {
       : this.pick(others);
     if (kind === "div" && (y.least <= 0 || y.error > y.least / 100)) return;
     if (kind === "mul" && x.bound * y.bound > largest) return;
-    const bound =
-      kind === "mul"
-        ? x.bound * y.bound
-        : kind === "div"
-          ? x.bound / y.least
-          : kind === "add" || kind === "sub"
-            ? x.bound + y.bound
-            : Math.max(x.bound, y.bound);
-    if (bound > largest) return;
+    if (kind === "div" && x.bound / y.least > largest) return;
+    if (x.bound + y.bound > largest) return;
     const error =
       kind === "mul"
         ? x.error * y.bound + y.error * x.bound + x.error * y.error
         : kind === "div"
-          ? (x.error + bound * y.error) / (y.least * 0.9)
+          ? (x.error + (x.bound / y.least) * y.error) / (y.least * 0.9)
           : x.error + y.error;
-    const least =
-      kind === "mul"
-        ? x.least * y.least
-        : kind === "div"
-          ? x.least / y.bound
-          : kind === "sub"
-            ? 0
-            : kind === "add"
-              ? x.least + y.least
-              : Math.min(x.least, y.least);
     const swap = !scalar && this.below(2) === 0 && (kind === "add" || kind === "mul");
     const value = this.b.op(kind, swap ? [y.value, x.value] : [x.value, y.value]);
-    this.put(value, { factor: x.factor, bound, least: least * 0.98 }, error);
+    this.put(value, x.factor, error);
   }
 
   /** Something positive, so that roots, logarithms and quotients have operands. */
   positive(): void {
     const x = this.any();
     const y = this.b.op("add", [this.b.op("abs", [x.value]), this.constant(x.dtype, 0.5)]);
-    this.put(y, { factor: x.factor, bound: x.bound + 0.5, least: 0.49 }, x.error);
+    this.put(y, x.factor, x.error);
   }
 
   select(): void {
@@ -245,22 +270,21 @@ class Maker {
     const not = this.below(2) === 0 ? this.b.op("not", [condition]) : condition;
     const both = this.below(2) === 0 ? this.b.op(this.pick(["and", "or"]), [not, condition]) : not;
     const value = this.b.op("where", [both, x.value, y.value]);
-    this.put(value, { factor: x.factor, bound: Math.max(x.bound, y.bound), least: Math.min(x.least, y.least) }, y.error);
+    this.put(value, x.factor, y.error);
   }
 
   cast(): void {
     const x = this.any();
     const to = this.pick(this.floats.filter((d) => d !== x.dtype));
     if (to === undefined) return;
-    // to a wider type nothing is lost; to a narrower one an error can tip a rounding
-    this.put(this.b.op("cast", [x.value], { to }), { factor: x.factor, bound: x.bound * 1.01, least: x.least * 0.99 }, x.error);
+    this.put(this.b.op("cast", [x.value], { to }), x.factor, x.error);
   }
 
   integers(): void {
     const x = this.exact((k) => k.bound < 100);
     const y = this.b.op("cast", [x.value], { to: this.pick(["i32", "i8"] as const) });
     const z = this.b.op(this.pick(["add", "sub", "mul", "maximum", "minimum"]), [y, y]);
-    this.put(this.b.op("cast", [z], { to: "f32" }), { factor: x.factor, bound: (x.bound + 1) ** 2, least: 0 }, 0);
+    this.put(this.b.op("cast", [z], { to: "f32" }), x.factor, 0);
   }
 
   reduce(): void {
@@ -268,19 +292,14 @@ class Maker {
     const fn = this.pick(["sum", "max", "min", "mean", "amax"]);
     const group = this.pick([0, 0, 8, 32, 128]);
     const size = group === 0 ? x.columns : Math.min(group, x.columns);
-    const sums = fn === "sum" || fn === "mean";
-    const bound = fn === "sum" ? x.bound * size : x.bound;
-    if (bound > largest) return;
+    if (fn === "sum" && x.bound * size > 4 * largest) return;
     const value = this.b.op("reduce", [x.value], { fn, ...(group === 0 ? {} : { group }) });
     // sums may be taken in f32 in any order
-    const own = sums && size > 1 ? size * x.bound * 2 ** -23 * Math.ceil(Math.log2(size) + 4) : 0;
-    const error = fn === "sum" ? x.error * size + own : x.error + own;
-    const least = fn === "sum" || fn === "mean" || fn === "min" || fn === "max" || fn === "amax" ? x.least : 0;
-    const y = this.put(value, { factor: x.factor, bound, least: least * 0.98 }, error);
-    if (this.below(2) === 0) {
-      const spread = this.b.op("spread", [y.value], { group: group || x.columns, size: x.columns });
-      this.put(spread, { factor: y.factor, bound: y.bound, least: y.least }, y.error);
-    }
+    const sums = (fn === "sum" || fn === "mean") && size > 1;
+    const own = sums ? this.sumError(this.magnitude(), size) : 0;
+    const y = this.put(value, x.factor, x.error * (fn === "sum" ? size : 1) + own);
+    if (this.below(2) === 0)
+      this.put(this.b.op("spread", [y.value], { group: group || x.columns, size: x.columns }), y.factor, y.error);
   }
 
   norm(): void {
@@ -288,20 +307,21 @@ class Maker {
     const w = this.weight(x.dtype, [x.columns], "positive", 0.5);
     const eps = this.pick([1e-5, 0.01]);
     const value = this.b.op("rms_norm", [x.value, w], { eps });
-    // a row of sqrt(N) equal elements at least: |x| / rms <= sqrt N; its slope is at most 2 / sqrt eps
-    const bound = Math.sqrt(x.columns) * 2.1;
-    if ((x.error * 4) / Math.sqrt(eps) > 1) return;
-    this.put(
-      value,
-      { factor: x.factor, bound, least: 0 },
-      (x.error * 8) / Math.sqrt(eps) + bound * ((epsilon[x.dtype] ?? 0) * 2 + 2 ** -18),
-    );
+    // d(x / rms) is at most 2 |dx| sqrt(N) / rms; the least rms of a row counts
+    const data = this.dataOf(x.value).data;
+    let rms = Number.POSITIVE_INFINITY;
+    for (let row = 0; row < data.length; row += x.columns)
+      rms = Math.min(rms, Math.sqrt(data.subarray(row, row + x.columns).reduce((a, v) => a + v * v, 0) / x.columns + eps));
+    const steep = (2 * 2 * Math.sqrt(x.columns)) / rms;
+    const bound = range(this.dataOf(value)).bound;
+    // the inner rounding can go the other way too
+    this.put(value, x.factor, x.error * steep + bound * ((epsilon[x.dtype] ?? 0) * 2 + 2 ** -20));
   }
 
   softmax(): void {
     const x = this.any();
     if (x.error > 0.05) return;
-    this.put(this.b.op("softmax", [x.value]), { factor: x.factor, bound: 1, least: 0 }, 3 * x.error + 2 ** -18 * (1 + x.bound));
+    this.put(this.b.op("softmax", [x.value]), x.factor, 3 * x.error + 2 ** -20 * (1 + Math.min(x.bound, 30)));
   }
 
   linear(): void {
@@ -309,16 +329,16 @@ class Maker {
     const scale = 1 / Math.sqrt(x.columns);
     const n = this.width(weightLimit / x.columns);
     const w = this.weight(x.dtype, [n, x.columns], "normal", scale);
-    const bound = Math.min(6 * scale * x.bound * x.columns, x.bound * x.columns);
-    if (bound > largest) return;
+    if (x.bound > largest) return;
     const to = this.pick(this.floats);
     const value = this.b.op("linear", [x.value, w], to === x.dtype && this.below(2) === 0 ? {} : { to });
-    this.put(value, { factor: x.factor, bound, least: 0 }, 3 * scale * x.columns * x.error + this.sumError(bound, x.columns));
+    const inherited = x.error === 0 ? 0 : this.magnitude(new Map([[x.value.name, x.error]]));
+    this.put(value, x.factor, inherited + this.sumError(this.magnitude(), x.columns));
   }
 
-  /** Error of a sum of n products in f32, in any order and with or without fused multiply-add: `bound` is many deviations off. */
-  private sumError(bound: number, n: number): number {
-    return bound * 2 ** -25 * (Math.sqrt(n) + 4);
+  /** Error of a sum of n products in f32, in any order and with or without fused multiply-add; `sum` is that of their magnitudes. */
+  private sumError(sum: number, n: number): number {
+    return sum * 2 ** -24 * (2 * Math.sqrt(n) + 4);
   }
 
   /** Codes and scales of something exact, then what the precision policies make of a linear. */
@@ -341,16 +361,14 @@ class Maker {
     const ws = this.weight("f32", [rows, columns], "positive", 1 / (256 * Math.sqrt(k)));
     const out = this.pick(this.floats);
     const value = this.b.op("scaled_linear", [codes, scales, w, ws], { to: out, block });
-    const bound = (x.bound * k * 384 * 4.1) / (256 * Math.sqrt(k));
-    if (bound > 4 * largest) return;
-    this.put(value, { factor: x.factor, bound, least: 0 }, this.sumError(bound, k));
+    this.put(value, x.factor, this.sumError(this.magnitude(), k));
     if (this.below(2) === 0) this.dequantised(x, codes, scales, fp8 ? block[1] : k);
   }
 
   private dequantised(x: Known, codes: Value, scales: Value, group: number): void {
     const wide = this.b.op("cast", [codes], { to: "f32" });
     const value = this.b.op("mul", [wide, this.b.op("spread", [scales], { group, size: x.columns })]);
-    this.put(value, { factor: x.factor, bound: x.bound * 1.1, least: 0 }, 0);
+    this.put(value, x.factor, 0);
   }
 
   /** Rows sent to experts and combined again. */
@@ -363,15 +381,13 @@ class Maker {
     const [weights, ids] = this.route(e, j);
     const n = this.width(weightLimit / (x.columns * owned));
     const scale = 1 / Math.sqrt(x.columns);
-    const bound = 6 * scale * x.bound * x.columns;
-    if (bound > largest) return;
     const attrs: Attrs = first === 0 && this.below(2) === 0 ? {} : { first };
     const w = this.weight(x.dtype, [owned, n, x.columns], "normal", scale);
     const y = this.b.op("grouped_linear", [x.value, w, ids], { to: "f32", ...attrs });
-    const pairs = this.put(y, { factor: j, bound, least: 0 }, this.sumError(bound, x.columns));
+    const pairs = this.put(y, j, this.sumError(this.magnitude(), x.columns));
     if (this.below(2) === 0) {
       const value = this.b.op("combine", [y, ids, weights], { first, count: owned });
-      this.put(value, { factor: 1, bound: bound * j, least: 0 }, pairs.error * j + bound * j * 2 ** -21);
+      this.put(value, 1, pairs.error * j + this.magnitude() * 2 ** -22);
     } else this.scaledExperts(x, ids, owned, first, j);
   }
 
@@ -397,8 +413,7 @@ class Maker {
       1 / (256 * Math.sqrt(k)),
     );
     const value = this.b.op("scaled_grouped_linear", [codes, scales, w, ws, ids], { to: "f32", block, first });
-    const bound = (x.bound * k * 384 * 4.1) / (256 * Math.sqrt(k));
-    if (bound <= 4 * largest) this.put(value, { factor: j, bound, least: 0 }, this.sumError(bound, k));
+    this.put(value, j, this.sumError(this.magnitude(), k));
   }
 
   rotary(): void {
@@ -407,12 +422,9 @@ class Maker {
     if (dim === undefined || x.factor !== 1) return;
     const positions = 16;
     const table = this.weight("f32", [positions, dim], "normal", 1 / 6);
-    const name = `x${this.inputs.size}`;
-    const rows = this.symbols.get("T") as number;
-    this.inputs.set(name, drawTensor({ kind: "tensor", dtype: "i32", shape: [rows] }, { below: positions }, this.random));
-    const position = this.b.input(name, tensor("i32", ["T"]));
+    const position = this.indices(positions);
     const value = this.b.op("rotary", [x.value, table, position], { heads: x.columns / dim, dim });
-    this.put(value, { factor: 1, bound: 2 * x.bound, least: 0 }, 2 * x.error + x.bound * 2 ** -21);
+    this.put(value, 1, 2 * x.error + x.bound * 2 ** -22);
   }
 
   gather(): void {
@@ -420,11 +432,7 @@ class Maker {
     const columns = this.width();
     const dtype = this.pick(this.floats);
     const table = this.weight(dtype, [rows, columns], "normal", 1);
-    const name = `x${this.inputs.size}`;
-    const tokens = this.symbols.get("T") as number;
-    this.inputs.set(name, drawTensor({ kind: "tensor", dtype: "i32", shape: [tokens] }, { below: rows }, this.random));
-    const value = this.b.op("gather", [table, this.b.input(name, tensor("i32", ["T"]))]);
-    this.put(value, { factor: 1, bound: 6, least: 0 }, 0);
+    this.put(this.b.op("gather", [table, this.indices(rows)]), 1, 0);
   }
 
   finish(seed: number): RandomCase {

@@ -65,7 +65,9 @@ const readTensors = (directory: string, block: readonly number[]): Map<string, M
   const tensors = new Map<string, Matrix>();
   let files = ["model.safetensors"];
   try {
-    const index = JSON.parse(readFileSync(join(directory, "model.safetensors.index.json"), "utf8")) as { weight_map: Record<string, string> };
+    const index = JSON.parse(readFileSync(join(directory, "model.safetensors.index.json"), "utf8")) as {
+      weight_map: Record<string, string>;
+    };
     files = [...new Set(Object.values(index.weight_map))];
   } catch {
     // one file without an index
@@ -129,7 +131,9 @@ export const referenceModel = (directory: string): { forward(ids: readonly numbe
   const moe = new Set(
     listed === undefined || listed === null
       ? Array.from({ length: layers - 1 }, (_, i) => i + 1)
-      : (typeof listed === "string" ? listed.split(",").filter((s) => s.trim() !== "") : (listed as readonly number[])).map(Number),
+      : (typeof listed === "string" ? listed.split(",").filter((s) => s.trim() !== "") : (listed as readonly number[])).map(
+          Number,
+        ),
   );
 
   const linear = (name: string, x: Float64Array): Float64Array => {
@@ -160,7 +164,10 @@ export const referenceModel = (directory: string): { forward(ids: readonly numbe
       return multiply(w.data, (expert ?? 0) * rows * v.length, rows, v);
     };
     const [gate, up] = [part("gate_proj", x), part("up_proj", x)];
-    return part("down_proj", gate.map((g, i) => silu(g) * (up[i] as number)));
+    return part(
+      "down_proj",
+      gate.map((g, i) => silu(g) * (up[i] as number)),
+    );
   };
   const add = (a: Float64Array, b: Float64Array, scale = 1): Float64Array => a.map((v, i) => v + scale * (b[i] as number));
 

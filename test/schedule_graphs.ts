@@ -154,15 +154,29 @@ export const layeredGraph = (shape: Shape): Graph => {
   };
 };
 
+/** As few bytes as the shape allows, for machines that look at each. */
+export const tinyShape = (layers: number, ffn: number): Shape => ({
+  layers,
+  isMoe: (i) => i % 2 === 1,
+  ffn,
+  hidden: 128,
+  inner: 64,
+  experts: 4,
+  topK: 1,
+  vocabulary: 4,
+});
+
 export interface Ranks {
   readonly attention: number;
   readonly microBatches: number;
   readonly maxRows?: number;
   readonly name?: string;
+  /** packed bytes of every weight; otherwise its elements and one more */
+  readonly weightBytes?: number;
 }
 
 /** Schedules a graph for its FFN ranks, with made-up kernel names and weight sizes. */
-export const scheduleOf = (graph: Graph, { attention, microBatches, maxRows = 8, name = "decode" }: Ranks): Schedule => {
+export const scheduleOf = (graph: Graph, { attention, microBatches, maxRows = 8, name = "decode", weightBytes }: Ranks): Schedule => {
   const ffn = graph.ops.reduce((n, op) => Math.max(n, op.place?.startsWith("ffn") ? Number(op.place.slice(3)) + 1 : 0), 0);
   const bytes = new Map(graph.weights.map(({ value }) => [value.name, value.type.shape.reduce((n: number, d) => n * Number(d), 1) + 1]));
   const made = schedule(graph, {
@@ -173,8 +187,8 @@ export const scheduleOf = (graph: Graph, { attention, microBatches, maxRows = 8,
     microBatches,
     maxRows,
     kernelOf: (op) => `k_${op.kind}`,
-    weightBytes: (weight) => bytes.get(weight) as number,
-    kv: { pages: 4, pageBytes: 4096 },
+    weightBytes: (weight) => weightBytes ?? (bytes.get(weight) as number),
+    kv: { pages: 4, pageBytes: weightBytes ?? 4096 },
   });
   const facts = { source: "0".repeat(64), precision: { weights: "fp8", kv: "bf16" }, attention, ffn, split: "ep" } as const;
   return withWire(facts, [made])[0] as Schedule;

@@ -9,6 +9,9 @@ import type { Buffer, RankProgram, Schedule, Step } from "../ir/schedule.ts";
 export type Outcome = { readonly outputs: string } | { readonly fault: string };
 
 class Fault extends Error {}
+/** Memory is looked at four bytes at a time. */
+const cell = (bytes: number): number => Math.ceil(bytes / 4);
+
 const fault = (what: string): never => {
   throw new Fault(what);
 };
@@ -94,7 +97,7 @@ class Machine {
     this.contents = contents;
     this.random = random;
     this.ranks = schedule.programs.map((program): Rank => {
-      const space = (region: Buffer["region"]): Int32Array => new Int32Array(program.memory[region]);
+      const space = (region: Buffer["region"]): Int32Array => new Int32Array(cell(program.memory[region]));
       const rank: Rank = {
         program,
         byName: new Map(program.buffers.map((b) => [b.name, b])),
@@ -262,7 +265,7 @@ class Machine {
       if (!source || !target) return fault(`key ${key.key} names no buffer`);
       const segment = (b: Buffer, rank: Rank): number => (rank === f ? a.program.rank.index : 0) * (b.bytes / b.segments);
       if (source.bytes / source.segments !== field.bytes || target.bytes / target.segments !== field.bytes) fault(`lengths of ${field.name} differ`);
-      const half = Math.floor(field.bytes / 2);
+      const half = Math.floor(field.bytes / 8) * 4;
       for (const [start, bytes] of [
         [0, half],
         [half, field.bytes - half],
@@ -277,7 +280,7 @@ class Machine {
     const from = m.from.memory[piece.source.region];
     const to = m.to.memory[piece.target.region];
     const start = piece.source.offset + piece.read;
-    to.set(from.subarray(start, start + piece.bytes), piece.target.offset + piece.write);
+    to.set(from.subarray(cell(start), cell(start + piece.bytes)), cell(piece.target.offset + piece.write));
     if (m.done < m.pieces.length) return;
     this.messages.splice(this.messages.indexOf(m), 1);
     m.arrived();
@@ -285,6 +288,11 @@ class Machine {
 
   private execute(rank: Rank): void {
     const { step, number } = rank.queue.shift() as Rank["queue"][number];
+    // a kernel may write its results before it has read all of its operands
+    for (const name of step.out) {
+      const b = this.buffer(rank, name);
+      this.fill(rank, b, 0, 0, b.bytes);
+    }
     const read = [step.rows, ...step.in, ...(step.inout ?? [])].map((name) => {
       const b = this.buffer(rank, name);
       if (b.region === "state") return `${this.contentsOf(rank, b).join(" ")} ${rank.kv.get(`${name} ${step.slot}`) ?? ""}`;
@@ -318,8 +326,8 @@ class Machine {
 
   private fill(rank: Rank, b: Buffer, content: number, start: number, bytes: number): void {
     const memory = rank.memory[b.region];
-    if (b.offset + start + bytes > memory.length) fault(`${b.name} is outside of its region`);
-    memory.fill(content, b.offset + start, b.offset + start + bytes);
+    if (cell(b.offset + start + bytes) > memory.length) fault(`${b.name} is outside of its region`);
+    memory.fill(content, cell(b.offset + start), cell(b.offset + start + bytes));
   }
 
   /** The content of each segment; a segment of several contents, or of none, is a fault. */
@@ -327,10 +335,12 @@ class Machine {
     const memory = rank.memory[b.region];
     const bytes = b.bytes / b.segments;
     return Array.from({ length: b.segments }, (_, s) => {
-      const start = b.offset + s * bytes;
+      const start = cell(b.offset + s * bytes);
+      const end = cell(b.offset + (s + 1) * bytes);
       const first = memory[start] as number;
       if (!first) fault(`${rank.program.rank.name} reads ${b.name}, which holds nothing`);
-      for (let i = start + 1; i < start + bytes; i++) if (memory[i] !== first) fault(`${rank.program.rank.name} reads ${b.name}, which holds several things`);
+      for (let i = start + 1; i < end; i++)
+        if (memory[i] !== first) fault(`${rank.program.rank.name} reads ${b.name}, which holds several things`);
       return first;
     });
   }

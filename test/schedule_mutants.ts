@@ -337,3 +337,56 @@ const makers: Readonly<Record<MutantKind, (s: Schedule) => Made>> = {
       }
   },
 };
+
+/** A schedule changed in one random place, perhaps without harm: a step moved, dropped, doubled or altered, or a buffer elsewhere. */
+export const randomEdit = (s: Schedule, random: () => number): readonly [site: string, schedule: Schedule] => {
+  const below = (n: number): number => Math.floor(random() * n);
+  const r = below(s.programs.length);
+  const p = s.programs[r] as RankProgram;
+  const { steps, buffers } = p;
+  const at = below(steps.length);
+  const step = steps[at] as Step;
+  const altered = (change: object): readonly [string, Schedule] => {
+    const list = steps.slice();
+    list[at] = { ...step, ...change } as Step;
+    return [`${stepName(p, at)} ${JSON.stringify(change)}`, withProgram(s, r, { steps: list })];
+  };
+  switch (below(8)) {
+    case 0: {
+      const to = Math.max(0, Math.min(steps.length, at + below(9) - 4));
+      return [`${stepName(p, at)} before ${to}`, withProgram(s, r, { steps: move(steps, at, at + 1, to > at ? Math.max(to, at + 1) : to) })];
+    }
+    case 1:
+      return [`${stepName(p, at)} dropped`, withProgram(s, r, { steps: without(steps, (_, i) => i === at) })];
+    case 2: {
+      const order = all(steps);
+      order.splice(Math.min(steps.length, at + 1 + below(3)), 0, at);
+      const list = reorder(steps, order);
+      return [`${stepName(p, at)} doubled`, withProgram(s, r, { steps: list })];
+    }
+    case 3: {
+      if (step.op !== "launch") return altered({ exchange: Math.max(0, step.exchange + below(3) - 1) });
+      const names = random() < 0.5 && step.in.length > 0 ? "in" : "out";
+      const which = below(step[names].length);
+      const other = buffers[below(buffers.length)]?.name as string;
+      return altered({ [names]: step[names].map((x, i) => (i === which ? other : x)) });
+    }
+    case 4:
+      if (step.op === "post" || step.op === "reply") return altered({ after: Math.max(0, step.after + below(5) - 2) });
+      if (step.op === "accept") return altered({ from: below(ranksOf(s, "attention").length) });
+      return altered({ slot: below(s.slots) });
+    case 5:
+      if (step.op === "reply") return altered({ to: below(ranksOf(s, "attention").length) });
+      return altered({ slot: below(s.slots) });
+    default: {
+      const i = below(buffers.length);
+      const b = buffers[i] as Buffer;
+      const same = buffers.filter((x) => x.region === b.region);
+      const offset = random() < 0.5 ? Math.max(0, b.offset + 64 * (below(9) - 4)) : (same[below(same.length)] as Buffer).offset;
+      const list = buffers.slice();
+      list[i] = { ...b, offset };
+      const memory = { ...p.memory, [b.region]: Math.max(p.memory[b.region], offset + b.bytes) };
+      return [`${p.rank.name} ${b.name} @ ${offset}, from ${b.offset}`, withProgram(s, r, { buffers: list, memory })];
+    }
+  }
+};

@@ -2,13 +2,15 @@ import { createHash } from "node:crypto";
 import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
+import { crc32 } from "node:zlib";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import type { Layout } from "../backends/backend.ts";
 import { createConverter, quantisedValue } from "../compiler/convert.ts";
 import { type Checkpoint, openCheckpoint } from "../compiler/frontends/checkpoint.ts";
 import { readSafetensors, type StoredDType, writeSafetensors } from "../compiler/frontends/safetensors.ts";
+import { createHasher, type HashName } from "../compiler/hash.ts";
 import { inverseFrequencies, ropeRows } from "../compiler/rope.ts";
-import { packedBytes, type PlacedWeight, readWeight, seededSource, type WeightsPlan, writeWeights } from "../compiler/weights.ts";
+import { type PlacedWeight, packedBytes, readWeight, seededSource, type WeightsPlan, writeWeights } from "../compiler/weights.ts";
 import type { Slice, Weight, WeightSource } from "../ir/graph.ts";
 import { decode, encode, floatCode, floatValue } from "../ir/round.ts";
 import { type DType, dtypeBytes, tensor } from "../ir/type.ts";
@@ -76,7 +78,8 @@ const unpacked = (bytes: Uint8Array, rows: number, columns: number, width: numbe
   let at = 0;
   for (let r = 0; r < rows; r += rowBlock)
     for (let c = 0; c < columns; c++)
-      for (let i = r; i < Math.min(rows, r + rowBlock); i++, at += width) out.set(bytes.subarray(at, at + width), (i * columns + c) * width);
+      for (let i = r; i < Math.min(rows, r + rowBlock); i++, at += width)
+        out.set(bytes.subarray(at, at + width), (i * columns + c) * width);
   return out;
 };
 
@@ -94,21 +97,51 @@ const cases = (): Weight[] => {
   const all: Weight[] = [];
   const add = (dtype: DType, shape: readonly number[], source: WeightSource): void =>
     void all.push(weight(`w${all.length}`, dtype, shape, source));
-  const matrix: Slice = [[3, 30], [7, 41]];
-  const stack: Slice = [[1, 3], [5, 37], [0, 50]];
+  const matrix: Slice = [
+    [3, 30],
+    [7, 41],
+  ];
+  const stack: Slice = [
+    [1, 3],
+    [5, 37],
+    [0, 50],
+  ];
   for (const name of ["bf", "half", "single"])
     for (const dtype of ["bf16", "f16", "f32"] as const)
       for (const slice of [undefined, matrix])
         add(dtype, sliced([37, 50], slice), { kind: "tensor", tensor: name, ...(slice ? { slice } : {}) });
-  add("bf16", [2, 19, 33], { kind: "tensor", tensor: "experts", slice: [[2, 4], [0, 19], [0, 33]] });
-  add("f32", [5, 4, 33], { kind: "tensor", tensor: "experts", slice: [[0, 5], [15, 19], [0, 33]] });
+  add("bf16", [2, 19, 33], {
+    kind: "tensor",
+    tensor: "experts",
+    slice: [
+      [2, 4],
+      [0, 19],
+      [0, 33],
+    ],
+  });
+  add("f32", [5, 4, 33], {
+    kind: "tensor",
+    tensor: "experts",
+    slice: [
+      [0, 5],
+      [15, 19],
+      [0, 33],
+    ],
+  });
   add("bf16", [70], { kind: "tensor", tensor: "vector" });
   add("f32", [9], { kind: "tensor", tensor: "vector", slice: [[60, 69]] });
   add("e4m3", [3, 37, 50], { kind: "tensor", tensor: "codes" });
   const dequantised = { kind: "dequantised", tensor: "codes", scales: "codes_scale", block: [8, 8] } as const;
   for (const dtype of ["bf16", "f32", "f16"] as const)
-    for (const slice of [undefined, stack]) add(dtype, sliced([3, 37, 50], slice), { ...dequantised, ...(slice ? { slice } : {}) });
-  const quantised = (of: WeightSource, shape: readonly number[], to: DType, block: readonly [number, number], cut: (s: number[]) => Slice | undefined) => {
+    for (const slice of [undefined, stack])
+      add(dtype, sliced([3, 37, 50], slice), { ...dequantised, ...(slice ? { slice } : {}) });
+  const quantised = (
+    of: WeightSource,
+    shape: readonly number[],
+    to: DType,
+    block: readonly [number, number],
+    cut: (s: number[]) => Slice | undefined,
+  ) => {
     for (const kind of ["codes", "scales"] as const) {
       const whole = kind === "codes" ? [...shape] : blocked(shape, block);
       const slice = cut(whole);
@@ -122,7 +155,21 @@ const cases = (): Weight[] => {
       for (const name of ["bf", "half", "single"]) quantised({ kind: "tensor", tensor: name }, [37, 50], to, [8, 16], cut);
       quantised({ kind: "tensor", tensor: "bf", slice: matrix }, [27, 34], to, [8, 16], cut);
       quantised({ kind: "tensor", tensor: "experts" }, [5, 19, 33], to, [8, 8], cut);
-      quantised({ kind: "tensor", tensor: "experts", slice: [[1, 4], [2, 18], [0, 33]] }, [3, 16, 33], to, [1, 33], cut);
+      quantised(
+        {
+          kind: "tensor",
+          tensor: "experts",
+          slice: [
+            [1, 4],
+            [2, 18],
+            [0, 33],
+          ],
+        },
+        [3, 16, 33],
+        to,
+        [1, 33],
+        cut,
+      );
       quantised(dequantised, [3, 37, 50], to, [16, 16], cut);
       quantised({ kind: "tensor", tensor: "wide" }, [130, 300], to, [128, 128], cut);
       quantised({ kind: "tensor", tensor: "wide" }, [130, 300], to, [1, 300], cut);
@@ -160,7 +207,9 @@ const checkFile = (written: WeightsPlan, rowBlock: number): void => {
       const want = expected.subarray(m * size, (m + 1) * size);
       if (Buffer.compare(got, want) !== 0) {
         const at = got.findIndex((b, i) => b !== want[i]);
-        throw new Error(`${w.value.name} ${dtype} ${JSON.stringify(w.source)}: matrix ${m} differs at byte ${at} of ${got.length}: ${[...got].map((b, i) => (b === want[i] ? -1 : i)).filter((i) => i >= 0).length} bytes, last ${got.findLastIndex((b, i) => b !== want[i])}, file ${entry.offset + m * size + at}: ${got[at]} for ${want[at]}`);
+        throw new Error(
+          `${w.value.name} ${dtype} ${JSON.stringify(w.source)}: matrix ${m} differs at byte ${at} of ${got.length}: ${[...got].map((b, i) => (b === want[i] ? -1 : i)).filter((i) => i >= 0).length} bytes, last ${got.findLastIndex((b, i) => b !== want[i])}, file ${entry.offset + m * size + at}: ${got[at]} for ${want[at]}`,
+        );
       }
     }
   }
@@ -190,7 +239,10 @@ describe("streamed weights", () => {
     const plans = [
       plan(join(directory, "a.safetensors"), all.slice(0, 30)),
       plan(join(directory, "b.safetensors"), all.slice(20).reverse(), panels(4)),
-      plan(join(directory, "c.safetensors"), all.filter((_, i) => i % 3 === 0)),
+      plan(
+        join(directory, "c.safetensors"),
+        all.filter((_, i) => i % 3 === 0),
+      ),
     ];
     const configuration = { hidden: 3, eos: [1] };
     const { files, source } = await writeWeights(checkpoint, plans, { configuration, window: 900, digest: "blake2b512" });
@@ -208,7 +260,9 @@ describe("streamed weights", () => {
     const bad = mkdtempSync(join(tmpdir(), "weights-"));
     const data = values(64 * 40, 3);
     data[1000] = Number.NaN;
-    writeSafetensors(join(bad, "model.safetensors"), [{ name: "w", dtype: "BF16", shape: [64, 40], data: [encode("bf16", data)] }]);
+    writeSafetensors(join(bad, "model.safetensors"), [
+      { name: "w", dtype: "BF16", shape: [64, 40], data: [encode("bf16", data)] },
+    ]);
     const broken = openCheckpoint(bad);
     const of: WeightSource = { kind: "tensor", tensor: "w" };
     const codes = weight("w", "e4m3", [64, 40], { kind: "codes", of, to: "e4m3", block: [8, 8] });
@@ -227,14 +281,56 @@ describe("streamed weights", () => {
     const opened = openCheckpoint(shrunk);
     writeFileSync(path, readFileSync(path).subarray(0, 1000));
     const w = weight("w", "bf16", [64, 40], { kind: "tensor", tensor: "w" });
-    await expect(writeWeights(opened, [plan(join(shrunk, "o"), [w])])).rejects.toThrow(/model\.safetensors: the file ended inside tensor 'w'/);
+    await expect(writeWeights(opened, [plan(join(shrunk, "o"), [w])])).rejects.toThrow(
+      /model\.safetensors: the file ended inside tensor 'w'/,
+    );
     opened.close();
-    await expect(writeWeights(undefined, [plan(join(shrunk, "no", "o"), [])])).rejects.toThrow(/no\/o: cannot be written \(ENOENT\)/);
+    await expect(writeWeights(undefined, [plan(join(shrunk, "no", "o"), [])])).rejects.toThrow(
+      /no\/o: cannot be written \(ENOENT\)/,
+    );
     if (process.platform === "linux") {
       const rope = weight("rope", "f32", [4096, 256], { kind: "rope", theta: 10000, positions: 4096, dim: 256 });
-      await expect(writeWeights(undefined, [plan("/dev/full", [rope])])).rejects.toThrow(/\/dev\/full: cannot be written \(ENOSPC\)/);
+      await expect(writeWeights(undefined, [plan("/dev/full", [rope])])).rejects.toThrow(
+        /\/dev\/full: cannot be written \(ENOSPC\)/,
+      );
     }
     rmSync(shrunk, { recursive: true });
+  });
+});
+
+describe("digests", () => {
+  test("the same however the stream is cut; of a checkpoint, other for every changed byte and place", async () => {
+    const draw = random(8);
+    const bytes = Uint8Array.from({ length: 300_000 }, () => Math.floor(draw() * 256));
+    const hasher = createHasher();
+    const digest = async (name: string, algorithm: HashName, data: Uint8Array, cut: () => number): Promise<string> => {
+      for (let at = 0; at < data.length; ) {
+        const length = Math.min(cut(), data.length - at);
+        await hasher.update(name, algorithm, data.subarray(at, at + length));
+        at += length;
+      }
+      return hasher.digest(name, algorithm);
+    };
+    const pieces = createHash("sha256");
+    for (let at = 0; at < bytes.length; at += 65536) {
+      const word = Buffer.alloc(4);
+      word.writeUInt32LE(crc32(bytes.subarray(at, at + 65536)));
+      pieces.update(word);
+    }
+    expect(await digest("whole", "pieces", bytes, () => bytes.length)).toBe(pieces.digest("hex"));
+    const whole = await digest("whole", "pieces", bytes, () => bytes.length);
+    expect(await digest("cut", "pieces", bytes, () => 1 + Math.floor(draw() * 99_000))).toBe(whole);
+    for (const at of [0, 65535, 65536, 299_999]) {
+      const changed = bytes.slice();
+      changed[at] = (changed[at] as number) ^ 4;
+      expect(await digest("changed", "pieces", changed, () => 70_000)).not.toBe(whole);
+    }
+    const swapped = new Uint8Array(bytes);
+    swapped.copyWithin(0, 65536, 131072);
+    expect(await digest("swapped", "pieces", swapped, () => 70_000)).not.toBe(whole);
+    for (const algorithm of ["sha256", "blake2b512"] as const)
+      expect(await digest("known", algorithm, bytes, () => 1000)).toBe(createHash(algorithm).update(bytes).digest("hex"));
+    await hasher.close();
   });
 });
 
@@ -244,13 +340,18 @@ describe("conversion", () => {
     for (const scale of [1, 0.25, 1.37e-3, 3.3e33, 1e-40, 2 ** -126]) {
       // i8 codes are symmetrical only as far as a scale of the block's own largest value leads
       const most = to === "i8" ? scale * 127 : Number.POSITIVE_INFINITY;
-      const bits = Uint16Array.from({ length: 65536 }, (_, i) => i).filter((b) => (b & 0x7fff) < 0x7f80 && Math.abs(floatValue("bf16", b)) <= most);
+      const bits = Uint16Array.from({ length: 65536 }, (_, i) => i).filter(
+        (b) => (b & 0x7fff) < 0x7f80 && Math.abs(floatValue("bf16", b)) <= most,
+      );
       const bytes = new Uint8Array(bits.buffer, 0, bits.length * 2);
       const wide = new Uint8Array(Float32Array.from(bits, (b) => floatValue("bf16", b)).buffer);
       const blocks = { scales: Float32Array.of(scale), across: 1, block: [1, bits.length] as const, firstRow: 0, firstColumn: 0 };
       const region = { rows: 1, columns: bits.length, stride: bits.length };
       const s = blocks.scales[0] as number;
-      const want = encode(to, Float64Array.from(bits, (b) => quantisedValue(floatValue("bf16", b), s, to)));
+      const want = encode(
+        to,
+        Float64Array.from(bits, (b) => quantisedValue(floatValue("bf16", b), s, to)),
+      );
       const converter = createConverter();
       expect(Buffer.compare(converter.quantise({ ...region, bytes, dtype: "bf16" }, blocks, to), want)).toBe(0);
       expect(Buffer.compare(converter.quantise({ ...region, bytes: wide, dtype: "f32" }, blocks, to), want)).toBe(0);
@@ -270,10 +371,27 @@ describe("conversion", () => {
   });
 
   test("f32 to bf16 is rounded as the interpreter rounds", () => {
-    const bits = Uint32Array.of(0x3f808000, 0x3f818000, 0x3f808001, 0x7f7fffff, 0x7f800000, 0x7fc00001, 0xff800001, 0x00008000, 0x80000001, 1);
+    const bits = Uint32Array.of(
+      0x3f808000,
+      0x3f818000,
+      0x3f808001,
+      0x7f7fffff,
+      0x7f800000,
+      0x7fc00001,
+      0xff800001,
+      0x00008000,
+      0x80000001,
+      1,
+    );
     const draw = random(9);
     const words = Uint32Array.from({ length: 20000 }, (_, i) => bits[i] ?? Math.floor(draw() * 2 ** 32));
-    const x = { bytes: new Uint8Array(words.buffer), dtype: "f32", rows: 1, columns: words.length, stride: words.length } as const;
+    const x = {
+      bytes: new Uint8Array(words.buffer),
+      dtype: "f32",
+      rows: 1,
+      columns: words.length,
+      stride: words.length,
+    } as const;
     const got = createConverter().convert(x, "bf16");
     expect(Buffer.compare(got, encode("bf16", decode("f32", x.bytes)))).toBe(0);
   });
@@ -285,7 +403,11 @@ describe("conversion", () => {
     for (let i = 0; i < 100; i++) {
       const scale = Math.fround(draw() * 2 ** Math.floor(draw() * 40 - 20));
       const blocks = { scales: Float32Array.of(scale), across: 1, block: [1, 256] as const, firstRow: 0, firstColumn: 0 };
-      const got = createConverter().dequantise({ bytes: codes, dtype: "e4m3", rows: 1, columns: 256, stride: 256 }, blocks, "bf16");
+      const got = createConverter().dequantise(
+        { bytes: codes, dtype: "e4m3", rows: 1, columns: 256, stride: 256 },
+        blocks,
+        "bf16",
+      );
       const want = Uint16Array.from(codes, (c) => floatCode("bf16", floatValue("e4m3", c) * scale));
       expect(Buffer.compare(got, new Uint8Array(want.buffer))).toBe(0);
     }

@@ -350,15 +350,27 @@ void widen_row(const contraction &d, const X *x, int64_t height, uint8_t *out) {
   }
 }
 
+/* What to do with `count` sums of row `row` of the result from column `column` on. Not a template argument: kernels share `contract`. */
+struct finisher {
+  const void *self;
+  void (*call)(const void *self, int64_t row, int64_t column, int64_t count, const float *sums);
+  template <class Finish>
+  explicit finisher(const Finish &finish)
+      : self(&finish), call([](const void *f, int64_t row, int64_t column, int64_t count, const float *sums) {
+          (*static_cast<const Finish *>(f))(row, column, count, sums);
+        }) {}
+  S3_INLINE void operator()(int64_t row, int64_t column, int64_t count, const float *sums) const { call(self, row, column, count, sums); }
+};
+
 constexpr int64_t segment_of_k = 512; /* k that several blocks do before any goes on: their weights stay in the cache */
 
 /*
- * The whole contraction. `rows.next(chunk)` names the rows; `finish(row, column, count, sums)` takes `count` sums of row `row` of the
- * result from `column` on. `xs` [rows of x][groups] and `ws` are null without scales. linear.ts computes the bytes of scratch.
+ * The whole contraction. `rows.next(chunk)` names the rows; `xs` [rows of x][groups] and `ws` are null without scales; linear.ts computes
+ * the bytes of scratch.
  */
-template <class W, bool Scaled, class X, class Rows, class Finish>
+template <class W, bool Scaled, class X, class Rows>
 void contract(const s3_call *c, const contraction &d, const X *x, const float *xs, const void *w, const float *ws, Rows rows,
-              const Finish &finish) {
+              const finisher &finish) {
   typedef engine_for<X, W, Scaled> engine;
   const int64_t groups = ceil_div(d.inner, d.group), panels = ceil_div(d.columns, columns_of_panel);
   const int64_t matrix_bytes = panels * panel_bytes<W>(d), matrix_scales = ceil_div(d.columns, d.block) * groups;
@@ -434,8 +446,7 @@ void contract(const s3_call *c, const contraction &d, const X *x, const float *x
 }
 
 /* Pairs of other ranks' experts: `finish` with sums of zero. */
-template <class Finish>
-void finish_unowned(const s3_call *c, const expert_rows &rows, int64_t columns, const Finish &finish) {
+inline void finish_unowned(const s3_call *c, const expert_rows &rows, int64_t columns, const finisher &finish) {
   const float zeros[columns_of_panel] = {};
   int64_t seen = 0;
   for (uint32_t segment = 0; segment < rows.space.segments(); ++segment)

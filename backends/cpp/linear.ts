@@ -110,7 +110,7 @@ const match = (grouped: boolean) => (op: Op, target: Target): KernelPlan | undef
   if (epilogue === undefined) return undefined;
 
   const [block, group] = scaled ? (contraction.attrs.block as readonly [number, number]) : [panelColumns, inner];
-  const layout: Layout = panels(dtypeOf(w), group);
+  const layout: Layout = panels(dtypeOf(w), group < inner ? group : Number.POSITIVE_INFINITY);
   const choices = grouped ? (shapeOf(operand("ids"))[1] as number) : 1;
   const rowPerToken = grouped && shapeOf(x)[0] === shapeOf(operand("ids"))[0];
 

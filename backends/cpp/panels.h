@@ -209,16 +209,19 @@ template <int T> S3_INLINE void tile_store(void *p, int64_t stride) {
 S3_INLINE float flushed(float x) { return magnitude_bits(x) < 0x00800000u ? as_float(as_bits(x) & 0x80000000u) : x; }
 /* C += A B as the unit does it: even and odd k of the tile apart, each a chain of fused multiply-adds, then both into the sum */
 template <int C, int A, int B> inline void tile_dot() {
-  for (int m = 0; m < 16; ++m)
-    for (int n = 0; n < 16; ++n) {
-      float even = 0, odd = 0;
-      for (int k = 0; k < 16; ++k) {
-        const uint32_t a = amx_tiles[A][m][k], b = amx_tiles[B][k][n];
-        even = flushed(__builtin_fmaf(flushed(as_float(a << 16)), flushed(as_float(b << 16)), even));
-        odd = flushed(__builtin_fmaf(flushed(as_float(a & 0xffff0000u)), flushed(as_float(b & 0xffff0000u)), odd));
+  for (int m = 0; m < 16; ++m) {
+    float even[16] = {}, odd[16] = {};
+    for (int k = 0; k < 16; ++k) {
+      const uint32_t a = amx_tiles[A][m][k];
+      const float a_even = flushed(as_float(a << 16)), a_odd = flushed(as_float(a & 0xffff0000u));
+      for (int n = 0; n < 16; ++n) {
+        const uint32_t b = amx_tiles[B][k][n];
+        even[n] = flushed(__builtin_fmaf(a_even, flushed(as_float(b << 16)), even[n]));
+        odd[n] = flushed(__builtin_fmaf(a_odd, flushed(as_float(b & 0xffff0000u)), odd[n]));
       }
-      amx_tiles[C][m][n] = as_bits(flushed(as_float(amx_tiles[C][m][n]) + flushed(even + odd)));
     }
+    for (int n = 0; n < 16; ++n) amx_tiles[C][m][n] = as_bits(flushed(as_float(amx_tiles[C][m][n]) + flushed(even[n] + odd[n])));
+  }
 }
 #elif defined(__AMX_TILE__) && defined(__AMX_BF16__)
 #define S3_AMX 1

@@ -3,7 +3,7 @@
  * model.safetensors.index.json names. Opening reads headers only; tensor data is read by position when asked for.
  */
 import { closeSync, openSync, readFileSync, realpathSync, statSync } from "node:fs";
-import { basename, dirname, isAbsolute, join, sep } from "node:path";
+import { basename, dirname, isAbsolute, join, relative, sep } from "node:path";
 import { UserError } from "../../ir/error.ts";
 import { isObject, type JsonObject, parseJson, shown } from "./json.ts";
 import { decodeUtf8, readExactly, readSafetensors, type StoredDType, type StoredTensor } from "./safetensors.ts";
@@ -52,7 +52,8 @@ export const readJsonObject = (path: string): JsonObject => {
 };
 
 /** Whether a directory holds tensors, as opposed to a configuration alone. */
-export const hasTensors = (directory: string): boolean => existing(join(directory, single)) || existing(join(directory, indexName));
+export const hasTensors = (directory: string): boolean =>
+  existing(join(directory, single)) || existing(join(directory, indexName));
 
 const existing = (path: string): boolean => statSync(path, { throwIfNoEntry: false }) !== undefined;
 
@@ -64,11 +65,14 @@ export const openCheckpoint = (directory: string, ignore: readonly string[] = []
   if (!statSync(directory, { throwIfNoEntry: false })?.isDirectory())
     throw new UserError(`${directory}: no such directory; give a Hugging Face checkpoint directory`);
   const [one, index] = [join(directory, single), join(directory, indexName)];
-  if (existing(one) && existing(index)) throw new UserError(`${directory}: has both ${single} and ${indexName}; remove the one that is stale`);
+  if (existing(one) && existing(index))
+    throw new UserError(`${directory}: has both ${single} and ${indexName}; remove the one that is stale`);
   if (!existing(one) && !existing(index))
-    throw new UserError(`${directory}: has neither ${single} nor ${indexName}; download the weights, or compile with --no-weights`);
+    throw new UserError(
+      `${directory}: has neither ${single} nor ${indexName}; download the weights, or compile with --no-weights`,
+    );
   const ignored = (name: string): boolean => ignore.some((prefix) => name.startsWith(prefix));
-  const found = existing(index) ? readSharded(directory, index, ignored) : readSafetensors(inside(directory, single)).tensors;
+  const found = existing(index) ? readSharded(directory, index, ignored) : readSafetensors(inside(directory, one)).tensors;
   return checkpointOf(directory, new Map(found.filter((t) => !ignored(t.name)).map((t) => [t.name, t])));
 };
 
@@ -79,45 +83,56 @@ const readSharded = (directory: string, index: string, ignored: (name: string) =
     throw new UserError(`${index}: "weight_map" must be an object of tensor names and files; download it again`);
   const shards = new Map<string, Set<string>>();
   for (const [name, file] of map) {
-    if (typeof file !== "string") throw new UserError(`${index}: the file of tensor ${shown(name)} is not a string; download it again`);
+    if (typeof file !== "string")
+      throw new UserError(`${index}: the file of tensor ${shown(name)} is not a string; download it again`);
     shards.set(file, (shards.get(file) ?? new Set()).add(name));
   }
+  // all paths before any file: a wrong index is reported as that
+  const paths = [...shards].map(([file, names]) => {
+    const path = plainPath(directory, file, index);
+    return { names, path: [...names].every(ignored) ? undefined : inside(directory, path, index) };
+  });
   const tensors: StoredTensor[] = [];
-  for (const [file, names] of shards) {
-    const path = inside(directory, file, index);
-    if ([...names].every(ignored)) continue;
+  for (const { names, path } of paths) {
+    if (path === undefined) continue;
     const shard = readSafetensors(path);
     const present = new Set(shard.tensors.map((t) => t.name));
     const missing = [...names].find((name) => !present.has(name));
     if (missing !== undefined)
       throw new UserError(`${path}: tensor ${shown(missing)}, which ${indexName} says is here, is missing; download both again`);
     const extra = shard.tensors.find((t) => !names.has(t.name) && !ignored(t.name));
-    if (extra) throw new UserError(`${path}: tensor ${shown(extra.name)} is not listed for this file in ${indexName}; download both again`);
+    if (extra)
+      throw new UserError(
+        `${path}: tensor ${shown(extra.name)} is not listed for this file in ${indexName}; download both again`,
+      );
     tensors.push(...shard.tensors);
   }
   return tensors;
 };
 
-/**
- * The path of a file that must be in the directory. A symbolic link may leave it only for the blobs of the same snapshot, as in the
- * Hugging Face cache (snapshots/REVISION/FILE -> ../../blobs/HASH).
- */
-const inside = (directory: string, file: string, index?: string): string => {
-  const where = index === undefined ? directory : index;
-  const leaves = (how: string): never => {
-    throw new UserError(`${where}: file ${shown(file)} ${how}; files of a checkpoint must be inside its directory`);
-  };
+const outside = (where: string, file: string, how: string): never => {
+  throw new UserError(`${where}: file ${shown(file)} ${how}; files of a checkpoint must be inside its directory`);
+};
+
+/** The path of a file that an index names. */
+const plainPath = (directory: string, file: string, index: string): string => {
   const parts = file.split("/");
-  if (isAbsolute(file) || file.includes("\\") || file.includes("\0") || parts.some((p) => p === "" || p === "." || p === ".."))
-    leaves("is not a plain file name");
-  const path = join(directory, ...parts);
-  if (!existing(path))
-    throw new UserError(`${path}: no such file${index === undefined ? "" : `, but ${indexName} lists it`}; download the whole checkpoint`);
+  const plain = !isAbsolute(file) && !/[\\\0]/.test(file) && parts.every((p) => p !== "" && p !== "." && p !== "..");
+  return plain ? join(directory, ...parts) : outside(index, file, "is not a plain file name");
+};
+
+/**
+ * The same path, of a file that is there and in the directory. A symbolic link may leave it only for the blobs of the same snapshot, as in
+ * the Hugging Face cache (snapshots/REVISION/FILE -> ../../blobs/HASH).
+ */
+const inside = (directory: string, path: string, index?: string): string => {
+  const lists = index === undefined ? "" : `, but ${indexName} lists it`;
+  if (!existing(path)) throw new UserError(`${path}: no such file${lists}; download the whole checkpoint`);
   const root = realpathSync(directory);
   const roots = basename(dirname(root)) === "snapshots" ? [root, join(dirname(dirname(root)), "blobs")] : [root];
   const real = realpathSync(path);
-  if (!roots.some((r) => real.startsWith(r + sep))) leaves("is a link that leaves the directory");
-  return path;
+  if (roots.some((r) => real.startsWith(r + sep))) return path;
+  return outside(index ?? directory, relative(directory, path), "is a link that leaves the directory");
 };
 
 const checkpointOf = (directory: string, tensors: ReadonlyMap<string, StoredTensor>): Checkpoint => {
@@ -194,12 +209,15 @@ export const checkTensors = (checkpoint: Checkpoint, expected: readonly Expected
       missing.push(scalesName(name));
       continue;
     }
-    if (scales.dtype !== "F32") throw new UserError(`${scales.file}: tensor ${shown(scales.name)} is ${scales.dtype}; scales must be F32`);
+    if (scales.dtype !== "F32")
+      throw new UserError(`${scales.file}: tensor ${shown(scales.name)} is ${scales.dtype}; scales must be F32`);
     sameShape(scales, scalesShape(shape, block), `blocks of ${block.join("x")} need`);
   }
   if (missing.length > 0) {
     const more = missing.length > 1 ? ` (and ${missing.length - 1} more tensors)` : "";
-    throw new UserError(`${checkpoint.directory}: tensor ${shown(missing[0])} is missing${more}; download the whole checkpoint or correct config.json`);
+    throw new UserError(
+      `${checkpoint.directory}: tensor ${shown(missing[0])} is missing${more}; download the whole checkpoint or correct config.json`,
+    );
   }
   const extra = [...checkpoint.tensors.values()].filter((t) => !known.has(t.name));
   if (extra[0]) {

@@ -62,7 +62,9 @@ export const parseJson = (text: string, where: string, mend: string): Json => {
         return meaning;
       }
     const digits = match(number);
-    return digits === undefined || digits === "" ? fail(at >= text.length ? "unexpected end" : "unexpected character") : Number(digits);
+    return digits === undefined || digits === ""
+      ? fail(at >= text.length ? "unexpected end" : "unexpected character")
+      : Number(digits);
   };
   const object = (depth: number): JsonObject => {
     const entries = new Map<string, Json>();

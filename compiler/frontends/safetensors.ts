@@ -8,8 +8,21 @@ import type { DType } from "../../ir/type.ts";
 import { isObject, type Json, parseJson, shown } from "./json.ts";
 
 export type StoredDType =
-  | "F64" | "F32" | "F16" | "BF16" | "F8_E4M3" | "F8_E5M2"
-  | "I64" | "I32" | "I16" | "I8" | "U64" | "U32" | "U16" | "U8" | "BOOL";
+  | "F64"
+  | "F32"
+  | "F16"
+  | "BF16"
+  | "F8_E4M3"
+  | "F8_E5M2"
+  | "I64"
+  | "I32"
+  | "I16"
+  | "I8"
+  | "U64"
+  | "U32"
+  | "U16"
+  | "U8"
+  | "BOOL";
 
 /** Element types of the format, and what they are here; those that the IR lacks have no dtype. */
 const stored: Readonly<Record<StoredDType, { readonly bytes: number; readonly dtype: DType }>> = {
@@ -170,7 +183,8 @@ export const readExactly = (descriptor: number, into: Uint8Array, at: number, pa
     } catch (error) {
       throw new UserError(`${path}: cannot be read (${(error as NodeJS.ErrnoException).code}); check the disk`);
     }
-    if (got === 0) throw new UserError(`${path}: the file ended at byte ${at + done} while it was read; do not change it meanwhile`);
+    if (got === 0)
+      throw new UserError(`${path}: the file ended at byte ${at + done} while it was read; do not change it meanwhile`);
     done += got;
   }
 };
@@ -185,7 +199,10 @@ export interface HeaderEntry {
 const entryBytes = (e: HeaderEntry): number => e.shape.reduce((n, d) => n * d, stored[e.dtype].bytes);
 
 /** Length and JSON of the header, padded with spaces so that the data begins at a multiple of 64. */
-export const safetensorsHeader = (entries: readonly HeaderEntry[], metadata: ReadonlyMap<string, string> = new Map()): Uint8Array => {
+export const safetensorsHeader = (
+  entries: readonly HeaderEntry[],
+  metadata: ReadonlyMap<string, string> = new Map(),
+): Uint8Array => {
   let offset = 0;
   const fields: [string, unknown][] = metadata.size > 0 ? [["__metadata__", Object.fromEntries(metadata)]] : [];
   for (const e of entries) {
@@ -222,7 +239,8 @@ export const writeSafetensors = (
         writeAll(descriptor, piece);
         written += piece.length;
       }
-      if (written !== entryBytes(tensor)) throw new Error(`${tensor.name}: ${written} bytes given, ${entryBytes(tensor)} declared`);
+      if (written !== entryBytes(tensor))
+        throw new Error(`${tensor.name}: ${written} bytes given, ${entryBytes(tensor)} declared`);
     }
     closeSync(descriptor);
     renameSync(temporary, path);

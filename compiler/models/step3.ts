@@ -35,7 +35,8 @@ export interface Step3Model {
  */
 export const readStep3 = (path: string, { weights }: { readonly weights: boolean }): Step3Model => {
   const isFile = statSync(path, { throwIfNoEntry: false })?.isFile() ?? false;
-  if (isFile && weights) throw new UserError(`${path}: a configuration has no weights; give the checkpoint's directory, or --no-weights`);
+  if (isFile && weights)
+    throw new UserError(`${path}: a configuration has no weights; give the checkpoint's directory, or --no-weights`);
   const configPath = isFile ? path : join(path, "config.json");
   const config = readStep3Config(configPath);
   const facts = step3Facts(config);
@@ -65,7 +66,12 @@ interface Round {
  * The graph of a configuration. Inputs ids, position i32[T], pages i32[T,P], temperature, top_p f32[T], seed u32[T];
  * outputs next i32[T], logits f32[T,V]. Weights of a checkpoint in block FP8 are dequantised ones; without a checkpoint all are plain.
  */
-export const step3Graph = (config: Step3Config, checkpoint: Checkpoint | undefined, maxRows: number, options: Step3Options): Graph => {
+export const step3Graph = (
+  config: Step3Config,
+  checkpoint: Checkpoint | undefined,
+  maxRows: number,
+  options: Step3Options,
+): Graph => {
   const { maxContext, maxPages } = options;
   if (maxContext > config.maxPosition)
     throw new UserError(`--max-context ${maxContext} is more than the model's ${config.maxPosition} positions`, 2);
@@ -121,7 +127,8 @@ const layerOf =
     /** names of results `l3_h`, of weights `l3_wq`, origins `layers.3.self_attn.wq` */
     const at = (module: string): void => void b.at(`layers.${i}.${module}`);
     const named = (name: string): string => `l${i}_${name}`;
-    const op = (kind: string, name: string, inputs: readonly Value[], attrs = {}): Value => b.op(kind, inputs, attrs, [named(name)]);
+    const op = (kind: string, name: string, inputs: readonly Value[], attrs = {}): Value =>
+      b.op(kind, inputs, attrs, [named(name)]);
     const own = (name: string, module: string, ...shape: number[]): Value =>
       weight(named(name), `model.layers.${i}.${module}`, ...shape);
     const wide = (name: string, value: Value): Value => op("cast", name, [value], { to: "f32" });
@@ -160,7 +167,9 @@ const layerOf =
     const mlp = (module: string, prefix: string, h: Value, columns: number): Value => {
       const linear = (name: string, projection: string, value: Value, rows: number, inner: number): Value => {
         at(`${module}.${projection}`);
-        return op("linear", `${prefix}${name}`, [value, own(`${prefix}${projection}`, `${module}.${projection}`, rows, inner)], { to: "f32" });
+        return op("linear", `${prefix}${name}`, [value, own(`${prefix}${projection}`, `${module}.${projection}`, rows, inner)], {
+          to: "f32",
+        });
       };
       const gate = linear("g", "gate_proj", h, columns, hidden);
       const up = linear("u", "up_proj", h, columns, hidden);

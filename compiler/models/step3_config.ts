@@ -53,7 +53,8 @@ export const readStep3Config = (path: string): Step3Config => {
   const text = root.get("text_config");
   if (!isObject(text)) throw new UserError(`${path}: text_config must be an object; add the configuration of the text model`);
   const inner = text.get("model_type") ?? "step3_text";
-  if (inner !== "step3_text") throw new UserError(`${path}: text_config.model_type ${shown(inner)} is not supported; this reads step3_text`);
+  if (inner !== "step3_text")
+    throw new UserError(`${path}: text_config.model_type ${shown(inner)} is not supported; this reads step3_text`);
   return readText(fieldsOf(path, "text_config.", text), fieldsOf(path, "", root), true);
 };
 
@@ -193,7 +194,8 @@ const ropeTheta = (text: Fields): number => {
 /** Settings that would change the mathematics: only Step-3's own values are understood. */
 const refuseVariants = (text: Fields, root: Fields): void => {
   const only = (name: string, value: Json): void => {
-    if (text.has(name) && text.get(name) !== value) text.fail(name, `${JSON.stringify(value)} or absent; other models are not supported`);
+    if (text.has(name) && text.get(name) !== value)
+      text.fail(name, `${JSON.stringify(value)} or absent; other models are not supported`);
   };
   only("hidden_act", "silu");
   only("attention_bias", false);
@@ -202,7 +204,10 @@ const refuseVariants = (text: Fields, root: Fields): void => {
   only("sliding_window", false);
   for (const fields of [text, root])
     if (fields.get("tie_word_embeddings") === true)
-      fields.fail("tie_word_embeddings", "false: Step-3 has its own lm_head.weight; to tie them, store a copy of model.embed_tokens.weight there");
+      fields.fail(
+        "tie_word_embeddings",
+        "false: Step-3 has its own lm_head.weight; to tie them, store a copy of model.embed_tokens.weight there",
+      );
 };
 
 const readBlock = (fields: Fields): readonly [number, number] => {
@@ -216,7 +221,9 @@ const readBlock = (fields: Fields): readonly [number, number] => {
   if (format !== "e4m3") return fields.fail(name, `of fmt "e4m3"; ${shown(format)} is not supported`);
   const block = value.get("weight_block_size") ?? [128, 128];
   const ok = Array.isArray(block) && block.length === 2 && block.every((n) => Number.isSafeInteger(n) && n >= 1 && n <= widest);
-  return ok ? [block[0] as number, block[1] as number] : fields.fail(name, "an object whose weight_block_size is [rows, columns]");
+  return ok
+    ? [block[0] as number, block[1] as number]
+    : fields.fail(name, "an object whose weight_block_size is [rows, columns]");
 };
 
 /** What the runtime's text side needs to know. */

@@ -106,7 +106,7 @@ const literalLimit = 4096;
 /** Numbers that a graph's text holds exactly. */
 const printable = (t: Tensor): boolean => {
   const wide = t.dtype === "i64" || t.dtype === "u64";
-  return t.data.every((x) => x === x && (!wide || Number.isSafeInteger(x)));
+  return t.data.every((x) => !Number.isNaN(x) && (!wide || Number.isSafeInteger(x)));
 };
 
 /** The one result of an op whose inputs are all known; undefined when they are not, or the result is better left to be computed. */

@@ -41,14 +41,24 @@ const widthOf = (v: Value): Dim => shapeOf(v).at(-1) ?? 1;
 /** The axes of rows: all but the last; of rank 1, none. */
 const rowsText = (v: Value): string => shapeOf(v).slice(0, -1).map(dimText).join(",");
 const isCast = (op: Op): boolean => {
-  const [x] = op.inputs;
-  return op.kind === "cast" && x !== undefined && holds((op.outputs[0]?.type as TensorType).dtype, (x.type as TensorType).dtype);
+  const [x, out] = [...op.inputs, ...op.outputs];
+  return op.kind === "cast" && x?.type.kind === "tensor" && out?.type.kind === "tensor" && holds(out.type.dtype, x.type.dtype);
 };
 
+/** The ops of one kernel, which grow in number while kernels form. */
 interface Group {
-  readonly members: Set<Op>;
+  readonly members: Op[];
+  /** the last of their places in the graph's order */
+  last: number;
+  readonly widths: Widths;
   /** the contraction of an epilogue group */
   readonly contraction?: Op;
+}
+
+/** Last dims of values, and the groups in which `reduce` and `spread` take columns. */
+interface Widths {
+  readonly columns: Set<number>;
+  readonly groups: Set<number>;
 }
 
 /** The graph with what is known of it while kernels form. */
@@ -169,7 +179,7 @@ const expanded = (g: Graph): Graph => {
     const expansion = known.get(key) ?? expansionOf(g, op);
     known.set(key, expansion);
     const values = new Map(expansion.inputs.map((v, i) => [v.name, op.inputs[i] as Value] as const));
-    expansion.results.forEach((v, i) => values.set(v.name, op.outputs[i] as Value));
+    for (const [i, v] of expansion.results.entries()) values.set(v.name, op.outputs[i] as Value);
     const { place, origin } = op;
     return expansion.ops.map((step) => {
       for (const v of step.outputs)
@@ -208,46 +218,48 @@ const rowForm = (op: Op): string | undefined => {
   return fits && typeof widthOf(out) === "number" ? `[${rows},]` : undefined;
 };
 
-/** True when the widths in the values of these ops are N, 1, or the number of groups of N. */
-const widthsFit = (ops: Iterable<Op>): boolean => {
-  const widths = new Set<number>([1]);
-  const groups: number[] = [];
-  for (const op of ops) {
-    for (const v of [...op.inputs, ...op.outputs]) if (shapeOf(v).length > 0) widths.add(Number(widthOf(v)));
-    if ((op.kind === "reduce" || op.kind === "spread") && typeof op.attrs.group === "number" && op.attrs.group > 0)
-      groups.push(op.attrs.group);
-  }
-  const n = Math.max(...widths);
-  return [...widths].every((w) => w === n || w === 1 || groups.some((group) => Math.ceil(n / group) === w));
+const addWidths = (to: Widths, op: Op): void => {
+  for (const v of [...op.inputs, ...op.outputs]) if (shapeOf(v).length > 0) to.columns.add(Number(widthOf(v)));
+  const { group } = op.attrs;
+  if ((op.kind === "reduce" || op.kind === "spread") && typeof group === "number" && group > 0) to.groups.add(group);
 };
 
-/** True when joining these ops makes a circle: one of their inputs is made, outside, of one of their results. */
-const circular = (site: Site, members: ReadonlySet<Op>): boolean => {
+/** True when widths are N, 1, or the number of groups of N. */
+const widthsFit = ({ columns, groups }: Widths): boolean => {
+  const n = Math.max(1, ...columns);
+  return [...columns].every((w) => w === n || w === 1 || [...groups].some((group) => Math.ceil(n / group) === w));
+};
+
+/**
+ * True when joining `joining` with the group `group` makes a circle: something outside of the two takes a result of one and makes an operand
+ * of the other. With `newest` the ops in `joining` come after those of the group, so that only their operands need be looked at.
+ */
+const circular = (site: Site, group: Group, joining: readonly Op[], newest: boolean): boolean => {
   const { flow, groupOf, readings } = site;
-  const first = Math.min(...[...members].map((op) => flow.index.get(op) as number));
+  const position = (op: Op): number => flow.index.get(op) as number;
+  const added = new Set(joining);
+  const isInside = (op: Op): boolean => added.has(op) || groupOf.get(op) === group;
+  const first = Math.min(...[...group.members, ...joining].map(position));
   const seen = new Set<Group | Op>();
   const open: Op[] = [];
-  const enter = (inputs: readonly Value[], from: ReadonlySet<Op> | undefined): void => {
+  /** puts the ops outside of `from` that make these values in line */
+  const enter = (inputs: readonly Value[], from: (op: Op) => boolean): void => {
     for (const v of inputs) {
       const op = flow.producer.get(v.name);
-      if (op === undefined || from?.has(op)) continue;
+      if (op === undefined || from(op)) continue;
       if (readings.has(op)) enter(op.inputs, from);
       else open.push(op);
     }
   };
-  for (const op of members) enter(op.inputs, members);
+  for (const op of newest ? joining : [...group.members, ...joining]) enter(op.inputs, isInside);
   for (let op = open.pop(); op !== undefined; op = open.pop()) {
-    if (members.has(op)) return true;
-    const group = groupOf.get(op);
-    if (seen.has(group ?? op)) continue;
-    seen.add(group ?? op);
-    if (group === undefined) {
-      if ((flow.index.get(op) as number) > first) enter(op.inputs, undefined);
-      continue;
-    }
-    for (const member of group.members) if (members.has(member)) return true;
-    if ([...group.members].some((m) => (flow.index.get(m) as number) > first))
-      for (const m of group.members) enter(m.inputs, group.members);
+    if (isInside(op)) return true;
+    const other = groupOf.get(op);
+    if (seen.has(other ?? op)) continue;
+    seen.add(other ?? op);
+    if (other === undefined) {
+      if (position(op) > first) enter(op.inputs, () => false);
+    } else if (other.last > first) for (const m of other.members) enter(m.inputs, (o) => groupOf.get(o) === other);
   }
   return false;
 };
@@ -272,28 +284,46 @@ const groupsBefore = (site: Site, op: Op): readonly Group[] => {
 
 /** Joins each row op to the kernels that make its operands, where that is possible. */
 const groupRows = (site: Site, atoms: readonly Op[], context: PassContext): void => {
+  const { flow, groupOf, readings } = site;
   const form = new Map(atoms.map((op) => [op, rowForm(op) as string] as const));
-  /** the ops whose widths count: members, and what they read */
-  const widthOps = (members: ReadonlySet<Op>): Set<Op> => {
-    const all = new Set(members);
-    for (const op of all)
-      for (const v of op.inputs) {
-        const from = site.flow.producer.get(v.name);
-        if (from !== undefined && site.readings.has(from) && shapeOf(v).length > 0) all.add(from);
+  const widthsOf = (op: Op): Widths => {
+    const widths: Widths = { columns: new Set(), groups: new Set() };
+    const add = (o: Op): void => {
+      addWidths(widths, o);
+      for (const v of o.inputs) {
+        const from = flow.producer.get(v.name);
+        if (from !== undefined && readings.has(from)) add(from);
       }
-    return all;
+    };
+    add(op);
+    return widths;
   };
+  const both = (a: Widths, b: Widths): Widths => ({
+    columns: new Set([...a.columns, ...b.columns]),
+    groups: new Set([...a.groups, ...b.groups]),
+  });
   for (const op of atoms) {
-    let own: Group = { members: new Set([op]) };
-    site.groupOf.set(op, own);
+    let own: Group = { members: [op], last: flow.index.get(op) as number, widths: widthsOf(op) };
     for (const group of groupsBefore(site, op)) {
       const [other] = group.members;
-      if (group === own || other === undefined || form.get(other) !== form.get(op) || !together(site, other, op)) continue;
-      const joined = new Set([...group.members, ...own.members]);
-      if (!widthsFit(widthOps(joined)) || circular(site, joined) || !context.apply()) continue;
-      own = { members: joined };
-      for (const member of joined) site.groupOf.set(member, own);
+      if (other === undefined || form.get(other) !== form.get(op) || !together(site, other, op)) continue;
+      if (
+        !widthsFit(both(group.widths, own.widths)) ||
+        circular(site, group, own.members, own.members.length === 1) ||
+        !context.apply()
+      )
+        continue;
+      for (const member of own.members) {
+        group.members.push(member);
+        groupOf.set(member, group);
+      }
+      group.last = Math.max(group.last, own.last);
+      for (const n of own.widths.columns) group.widths.columns.add(n);
+      for (const n of own.widths.groups) group.widths.groups.add(n);
+      own.members.length = 0;
+      own = group;
     }
+    groupOf.set(op, own);
   }
 };
 
@@ -337,7 +367,7 @@ const kernelOf = (ops: readonly Op[], group: Group): Kernel => {
     ops,
     inputs: [...operands, ...others.values()],
     operands: operands.length,
-    makes: new Set([...group.members].flatMap((op) => op.outputs.map((v) => v.name))),
+    makes: new Set(group.members.flatMap((op) => op.outputs.map((v) => v.name))),
   };
 };
 
@@ -362,8 +392,7 @@ const bodyOf = (g: Graph, kernel: Kernel, outputs: readonly Value[], name: strin
       same.set(key, results);
       ops.push({ kind: op.kind, inputs: operands, attrs: op.attrs, outputs: results });
     }
-    const made = results;
-    op.outputs.forEach((v, i) => local.set(v.name, made[i] as Value));
+    for (const [i, v] of op.outputs.entries()) local.set(v.name, results[i] as Value);
   }
   const results = outputs.map((v) => local.get(v.name) as Value);
   const text = [name, ...inputs.map((v) => typeText(v.type)), ...same.keys(), ...results.map((v) => v.name)].join("\n");
@@ -401,8 +430,9 @@ const assemble = (g: Graph, chosen: ReadonlyMap<string, ReadonlySet<string>>, co
   for (const op of g.ops) {
     const names = chosen.get(op.outputs[0]?.name ?? "");
     if (names === undefined) continue;
-    const members = new Set([op, ...[...names].map((name) => flow.producer.get(name) as Op)]);
-    const group = { members, contraction: op };
+    const members = [op, ...[...names].map((name) => flow.producer.get(name) as Op)];
+    const last = Math.max(...members.map((m) => flow.index.get(m) as number));
+    const group: Group = { members, last, widths: { columns: new Set(), groups: new Set() }, contraction: op };
     for (const member of members) groupOf.set(member, group);
   }
   const isFree = (op: Op): boolean => !op.outputs.some((v) => dependent.has(v.name));
@@ -428,8 +458,7 @@ const assemble = (g: Graph, chosen: ReadonlyMap<string, ReadonlySet<string>>, co
   for (const group of groupOf.values()) if (!kernels.has(group)) kernels.set(group, kernelOf(opsOf(site, group), group));
   const units: { readonly at: number; readonly group?: Group; readonly op?: Op; readonly inputs: readonly Value[] }[] = [];
   const at = (op: Op): number => flow.index.get(op) as number;
-  for (const [group, kernel] of kernels)
-    units.push({ at: Math.max(...[...group.members].map(at)), group, inputs: kernel.inputs });
+  for (const [group, kernel] of kernels) units.push({ at: group.last, group, inputs: kernel.inputs });
   for (const op of g.ops) if (!groupOf.has(op)) units.push({ at: at(op), op, inputs: op.inputs });
 
   const bodies: Bodies = new Map();
@@ -559,7 +588,9 @@ const rowsForm = (body: Graph, fail: (why: string) => never): FusedForm => {
       fail(`${op.kind} of a value without rows`);
   }
   for (const v of body.outputs) if (bare(v)) fail(`output '${v.name}' ${typeText(v.type)} has no rows`);
-  if (!vector && !widthsFit(body.ops)) fail("widths are not one number of columns and its groups");
+  const widths: Widths = { columns: new Set(), groups: new Set() };
+  for (const op of body.ops) addWidths(widths, op);
+  if (!vector && !widthsFit(widths)) fail("widths are not one number of columns and its groups");
   const columns = vector ? 1 : Math.max(...values.filter((v) => shapeOf(v).length > 0).map((v) => Number(widthOf(v))));
   return { kind: "row", rows, columns };
 };

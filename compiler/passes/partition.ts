@@ -395,7 +395,7 @@ const place = (g: Graph, exchanges: readonly Exchange[]): Graph => {
     const inputs = op.inputs.map(copyOf);
     const outputs = op.outputs.map((o) => ({ ...o, name: fresh(`${o.name}_f`) }));
     ops.push({ ...op, inputs, outputs, place: "ffn" });
-    op.outputs.forEach((o, i) => freeCopies.set(o.name, outputs[i] as Value));
+    for (const [i, o] of op.outputs.entries()) freeCopies.set(o.name, outputs[i] as Value);
     return freeCopies.get(v.name) as Value;
   };
 

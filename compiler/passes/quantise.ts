@@ -106,7 +106,7 @@ export const quantise = (options: QuantiseOptions): Pass => ({
       }
       const x = codes(c.x, to, policy === "fp8" ? 128 : 0);
       const first = op.attrs.first === undefined ? {} : { first: op.attrs.first };
-      const attrs = { to: (op.outputs[0]?.type as TensorType).dtype, block, ...first };
+      const attrs = { to: ((op.outputs[0] as Value).type as TensorType).dtype, block, ...first };
       return c.ids === undefined
         ? b.ops("scaled_linear", [...x, w, ws], attrs)
         : b.ops("scaled_grouped_linear", [...x, w, ws, c.ids], attrs);

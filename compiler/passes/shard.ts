@@ -300,7 +300,7 @@ const onRank = (
   const group = Math.floor(rank / split.ranksPerGroup);
   const inGroup = rank % split.ranksPerGroup;
   const here = new Map<string, OnRank>();
-  part.dispatch.outputs.forEach((v, i) => here.set(v.name, { value: received[i] as Value, partial: false }));
+  for (const [i, v] of part.dispatch.outputs.entries()) here.set(v.name, { value: received[i] as Value, partial: false });
   const get = (v: Value): OnRank => here.get(v.name) ?? { value: free(v), partial: false };
 
   /** this rank's columns of a split value */
@@ -407,9 +407,8 @@ const onRank = (
         operands.map((o) => (o as Local).value),
         attrs,
       );
-      op.outputs.forEach((v, i) =>
-        here.set(v.name, { value: values[i] as Value, ...(columns === undefined ? {} : { columns }), partial: false }),
-      );
+      for (const [i, v] of op.outputs.entries())
+        here.set(v.name, { value: values[i] as Value, ...(columns === undefined ? {} : { columns }), partial: false });
     }
   }
 
@@ -517,10 +516,11 @@ export interface ShardOptions {
 export const shard = (options: ShardOptions): Pass => ({
   name: "shard",
   after: ["partition"],
-  run(g, context) {
+  // no matter what the limit of --pass-limit is: ops on the FFN side must have a rank to run at all
+  run(g) {
     if (options.ranks === 0) return g;
     const split = parseSplit(options.split, options.ranks);
-    if (!g.ops.some((op) => op.place === "ffn") || !context.apply()) return g;
+    if (!g.ops.some((op) => op.place === "ffn")) return g;
     return divide(g, options.ranks, split);
   },
 });
@@ -604,7 +604,7 @@ const divide = (g: Graph, ranks: number, split: Split): Graph => {
       const known = copies.get(key);
       if (known) return known;
       const outputs = emitOn(rank).like(op, op.inputs.map(freeOn(rank)), op.attrs);
-      op.outputs.forEach((o, i) => copies.set(`${rank} ${o.name}`, outputs[i] as Value));
+      for (const [i, o] of op.outputs.entries()) copies.set(`${rank} ${o.name}`, outputs[i] as Value);
       return copies.get(key) as Value;
     };
 
