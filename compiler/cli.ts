@@ -2,6 +2,8 @@
 import { mkdirSync, readFileSync, writeFileSync } from "node:fs";
 import { join, resolve } from "node:path";
 import { Command, CommanderError, InvalidArgumentError, Option } from "commander";
+import { checkBackend, reportText } from "../backends/conformance.ts";
+import { loadBackend } from "../backends/index.ts";
 import { UserError } from "../ir/error.ts";
 import { readManifest } from "./bundle.ts";
 import { checkBundle } from "./check_bundle.ts";
@@ -38,6 +40,7 @@ const ranks = (text: string): { attention: number; ffn: number } => {
     throw new InvalidArgumentError("write it as 2A1F: attention ranks, then FFN ranks.");
   return { attention: Number(a), ffn: Number(f) };
 };
+const collect = (text: string, all: string[]): string[] => [...all, text];
 const progress = progressOn(process.stderr);
 const program = new Command("step3c")
   .description("Compiles a language model into attention and FFN programs for different chips, and runs them.")
@@ -58,7 +61,7 @@ program
       .default("bf16"),
   )
   .addOption(new Option("--kv <policy>", "KV cache").choices(["bf16", "fp8", "int8"]).default("bf16"))
-  .option("--ranks <xAyF>", "attention and FFN ranks", ranks, { attention: 1, ffn: 1 })
+  .addOption(new Option("--ranks <xAyF>", "attention and FFN ranks").argParser(ranks).default({ attention: 1, ffn: 1 }, "1A1F"))
   .option("--ffn-split <split>", "ep, tp, or epXtpY with X*Y FFN ranks", "ep")
   .option("--micro-batches <n>", "micro-batches in flight", positive, 3)
   .option("--max-batch <n>", "sequences in flight on one attention rank", positive, 16)
@@ -69,12 +72,7 @@ program
   .option("--dump-to <dir>", "write the graph after every pass, one readable file each")
   .option("--from <file>", "start again from a dumped graph, after the pass it was dumped by")
   .option("--stop-after <pass>", "stop after a pass and print the graph")
-  .option(
-    "--skip-pass <pass>",
-    "leave out a pass (may be repeated)",
-    (name: string, all: string[]) => [...all, name],
-    [] as string[],
-  )
+  .addOption(new Option("--skip-pass <pass>", "leave out a pass (may be repeated)").argParser(collect).default([], "none"))
   .option("--pass-limit <n>", "apply at most n rewrites, to find the one at fault by bisection", whole)
   .option("--time-passes", "print the time of every pass")
   .option("--explain <what>", "partition, or the name of a kernel or an op: say what was decided and why")
@@ -158,11 +156,8 @@ program
   .command("eval")
   .description("run a graph once on given inputs")
   .argument("<graph>", "file.step3")
-  .option(
-    "--input <name=file>",
-    "an input, a .npy file (once for each input)",
-    (text: string, all: string[]) => [...all, text],
-    [] as string[],
+  .addOption(
+    new Option("--input <name=file>", "an input, a .npy file (once for each input)").argParser(collect).default([], "none"),
   )
   .requiredOption("--out <dir>", "where to write <output name>.npy")
   .option("--target <target>", "reference (the interpreter) or a target", "cpp")
@@ -185,6 +180,20 @@ program
   .argument("<bundle | graph>")
   .action((path: string) => {
     process.stdout.write(inspect(path));
+  });
+
+program
+  .command("backend")
+  .description("work on a backend")
+  .command("check")
+  .description("put every sample of every op to a backend: what it does, what it declines and why, what is left to do")
+  .argument("<backend>", "a built-in name[:arch], a folder or a package")
+  .option("--json", "the whole report as JSON")
+  .action(async (spec: string, options: { json?: boolean }) => {
+    const { backend, arch } = await loadBackend(spec);
+    const report = checkBackend(backend, { arch });
+    process.stdout.write(options.json ? `${JSON.stringify(report)}\n` : reportText(report));
+    if (!report.ok) process.exitCode = 3;
   });
 
 interface RunOptions extends RunnerOptions {

@@ -1,6 +1,7 @@
 import { spawn, spawnSync } from "node:child_process";
 import { createHash } from "node:crypto";
 import { existsSync, mkdirSync, readdirSync, readFileSync, renameSync, rmSync, statSync, writeFileSync } from "node:fs";
+import { availableParallelism } from "node:os";
 import { join, resolve } from "node:path";
 import type { Manifest } from "../ir/bundle.ts";
 import { UserError } from "../ir/error.ts";
@@ -98,7 +99,7 @@ const cmake = async (
     "-DCMAKE_BUILD_TYPE=Release",
     `-DCMAKE_CXX_COMPILER=${toolchain.compiler}`,
   ];
-  const code = (await step(configure)) || (await step(["--build", work, "--parallel"]));
+  const code = (await step(configure)) || (await step(["--build", work, "--parallel", String(availableParallelism())]));
   const text = log.join("");
   writeFileSync(join(work, "build.log"), text);
   if (code !== 0) {

@@ -247,7 +247,7 @@ const createPools = (): Pools => {
   const pools = new Map<string, Uint8Array>();
   return (dtype, spread) => {
     const key = `${dtype} ${spread}`;
-    const pool = pools.get(key) ?? Buffer.concat([...drawn(dtype, 8 << 20, 7, (d) => spread * normal(d))]);
+    const pool = pools.get(key) ?? Buffer.concat([...drawn(dtype, 2 << 20, 7, (d) => spread * normal(d))]);
     pools.set(key, pool);
     return pool;
   };
