@@ -1,6 +1,6 @@
 import type { Backend, KernelPlan, KvLayout, Layout, RenderedKernel, Target } from "../backends/backend.ts";
 import { UserError } from "../ir/error.ts";
-import type { Graph, Op, Place, Weight } from "../ir/graph.ts";
+import type { Graph, Op, Place, Value, Weight } from "../ir/graph.ts";
 import { typeText } from "../ir/type.ts";
 
 export type Role = "attention" | "ffn";
@@ -45,12 +45,17 @@ interface Choice {
 export const emit = (graph: Graph, sides: Readonly<Record<Role, Side>>, kv: KvLayout | undefined): Emission => {
   const choices = new Map<Op, Choice>();
   const lacking = new Map<string, string>();
+  const alike = new Likeness();
   for (const op of graph.ops) {
     if (isExchange(op)) continue;
     const role = roleOf(op.place);
-    const choice = choose(op, sides[role], graph, kv, (why) =>
-      lacking.set(`${role} on ${sides[role].backend.name}: ${why}`, op.origin ?? ""),
-    );
+    const like = alike.first(op, role);
+    const choice =
+      like === op
+        ? choose(op, sides[role], graph, kv, (why) =>
+            lacking.set(`${role} on ${sides[role].backend.name}: ${why}`, op.origin ?? ""),
+          )
+        : choices.get(like);
     if (choice) choices.set(op, choice);
   }
   if (lacking.size > 0) throw lackingError(lacking);
@@ -85,6 +90,27 @@ export const emit = (graph: Graph, sides: Readonly<Record<Role, Side>>, kv: KvLa
     layoutOf: (weight) => layouts.get(weight),
   };
 };
+
+/** Ops that differ only in the names of their values, as those of two layers do, get one choice. */
+class Likeness {
+  private readonly firsts = new Map<string, Op>();
+  private readonly bodies = new Map<Graph, number>();
+
+  /** the first op seen that is like this one */
+  first(op: Op, role: Role): Op {
+    let body = op.body ? this.bodies.get(op.body) : -1;
+    if (op.body && body === undefined) {
+      body = this.bodies.size;
+      this.bodies.set(op.body, body);
+    }
+    const types = (values: readonly Value[]): string => values.map((v) => typeText(v.type)).join(" ");
+    const key = `${role} ${op.kind} ${body} ${JSON.stringify(op.attrs)} ${types(op.inputs)} -> ${types(op.outputs)}`;
+    const known = this.firsts.get(key);
+    if (known) return known;
+    this.firsts.set(key, op);
+    return op;
+  }
+}
 
 const choose = (op: Op, side: Side, graph: Graph, kv: KvLayout | undefined, lack: (why: string) => void): Choice | undefined => {
   const reasons: string[] = [];

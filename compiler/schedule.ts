@@ -548,8 +548,9 @@ const weightsSelected = (flow: Flow, e: number, arrived: readonly Value[]): numb
       return Math.max(0, ...op.body.ops.map((o) => experts(o, inner)));
     }
     const first = typeof op.attrs.first === "number" ? op.attrs.first : 0;
-    if (op.kind === "combine" && typeof op.attrs.count === "number") return first + op.attrs.count;
-    if (!op.kind.endsWith("grouped_linear")) return 0;
+    if (op.kind === "combine" && at === 1 && typeof op.attrs.count === "number") return first + op.attrs.count;
+    // the ids are the last operand; quantised tokens are integers too
+    if (!op.kind.endsWith("grouped_linear") || at !== op.inputs.length - 1) return 0;
     const stack = op.inputs.find((v) => v.type.kind === "tensor" && v.type.shape.length === 3)?.type;
     return stack?.kind === "tensor" && typeof stack.shape[0] === "number" ? first + stack.shape[0] : 0;
   };

@@ -152,8 +152,9 @@ const At = token("At", "@", "'@'");
 const Hash = token("Hash", "#", "'#'");
 const Open = token("Open", "(", "'('");
 const Close = token("Close", ")", "')'");
+// longer ones first: `by` must not take the beginning of `bytes`
 const word = Object.fromEntries(
-  words.map((w) => [w, createToken({ name: `Word_${w}`, pattern: w, label: `'${w}'`, longer_alt: Name, line_breaks: false })]),
+  [...words].sort((a, b) => b.length - a.length).map((w) => [w, createToken({ name: `Word_${w}`, pattern: w, label: `'${w}'`, longer_alt: Name, line_breaks: false })]),
 ) as Record<WordName, TokenType>;
 const tokens = [Blank, Comment, Text, Type, ...Object.values(word), Name, Int, Dots, Arrow, Equals, Comma, Colon, At, Hash, Open, Close];
 const lexer = new Lexer(tokens, { ensureOptimizations: true, positionTracking: "full" });

@@ -29,10 +29,11 @@ interface Defined {
  * either no op has a place, or all have and values cross sides only through dispatch and collect, which come in pairs in exchange order.
  */
 export const verify = (g: Graph, locate: Locate = () => undefined): void => {
-  verifyGraph(g, locate, undefined);
+  verifyGraph(g, locate, undefined, new Set());
 };
 
-const verifyGraph = (g: Graph, locate: Locate, within: Graph | undefined): void => {
+/** `sound`: bodies seen before; layers share theirs */
+const verifyGraph = (g: Graph, locate: Locate, within: Graph | undefined, sound: Set<Graph>): void => {
   const fail = (message: string): never => {
     throw new UserError(`graph '${g.name}': ${message}`);
   };
@@ -73,7 +74,10 @@ const verifyGraph = (g: Graph, locate: Locate, within: Graph | undefined): void 
     };
     if (within !== undefined && (op.place !== undefined || op.body !== undefined))
       blame("an op of a body has neither place nor body");
-    if (op.kind === "fused" && op.body !== undefined) verifyGraph(op.body, locate, g);
+    if (op.kind === "fused" && op.body !== undefined && !sound.has(op.body)) {
+      verifyGraph(op.body, locate, g, sound);
+      sound.add(op.body);
+    }
     verifyTypes(op, blame);
     for (const v of op.inputs) useValue(v, op, defined, blame);
     if (placed) verifyPlace(op, defined, exchanges, blame);

@@ -70,13 +70,23 @@ const eventsOf = (stdout: string): Event[] =>
 const lines = (requests: readonly (Request | string)[]): string =>
   requests.map((r) => `${typeof r === "string" ? r : JSON.stringify(r)}\n`).join("");
 
-const run = (bundle: string, requests: readonly (Request | string)[], flags: readonly string[] = [], build: Native = native): Result => {
+const run = (
+  bundle: string,
+  requests: readonly (Request | string)[],
+  flags: readonly string[] = [],
+  build: Native = native,
+): Result => {
   const from = Date.now();
   const { status, signal, stdout, stderr } = spawnSync(build.runner, ["--bundle", bundle, ...programs(build), ...flags], {
     input: lines(requests),
     encoding: "utf8",
     timeout: 60_000,
-    env: { ...process.env, ASAN_OPTIONS: "exitcode=99", UBSAN_OPTIONS: "exitcode=99", TSAN_OPTIONS: "exitcode=99 halt_on_error=1" },
+    env: {
+      ...process.env,
+      ASAN_OPTIONS: "exitcode=99",
+      UBSAN_OPTIONS: "exitcode=99",
+      TSAN_OPTIONS: "exitcode=99 halt_on_error=1",
+    },
   });
   return { code: status, signal, events: eventsOf(stdout), stderr, ms: Date.now() - from };
 };
@@ -151,7 +161,12 @@ describe("generation", () => {
     const want = new Map(
       many.map((r, i) => {
         const { tokens } = generated(r.prompt_ids, r.max_tokens ?? 128, 2);
-        return [i, Buffer.from(Float32Array.from(tokens.flatMap((_, t) => logitsAfter([...r.prompt_ids, ...tokens.slice(0, t)], 2))).buffer)];
+        return [
+          i,
+          Buffer.from(
+            Float32Array.from(tokens.flatMap((_, t) => logitsAfter([...r.prompt_ids, ...tokens.slice(0, t)], 2))).buffer,
+          ),
+        ];
       }),
     );
     for (const [slots, attention, flags] of [
@@ -212,7 +227,10 @@ describe("generation", () => {
   });
 
   it("a prompt that the KV pool can never hold is refused, not waited for", () => {
-    const r = run(bundleOf({ pages: 3 }), [{ prompt_ids: Array.from({ length: 9 }, () => 1) }, { prompt_ids: [1], max_tokens: 100 }]);
+    const r = run(bundleOf({ pages: 3 }), [
+      { prompt_ids: Array.from({ length: 9 }, () => 1) },
+      { prompt_ids: [1], max_tokens: 100 },
+    ]);
     expect(finals(r.events).get(0)?.error).toMatch(/9 tokens, the KV cache holds 8/);
     expect(finals(r.events).get(1)?.tokens).toEqual(generated([1], 7, 1).tokens);
   });
@@ -234,7 +252,11 @@ describe("generation", () => {
     }, 0);
     const file = join(scratch, "scored");
     for (const transport of ["local", "shm"]) {
-      const r = run(bundleOf(), [{ prompt_ids: ids }, { prompt_ids: [7] }, { prompt_ids: [] }], ["--score", "--logits", file, "--transport", transport]);
+      const r = run(
+        bundleOf(),
+        [{ prompt_ids: ids }, { prompt_ids: [7] }, { prompt_ids: [] }],
+        ["--score", "--logits", file, "--transport", transport],
+      );
       expect(r.code).toBe(1);
       expect(finals(r.events).get(0)?.count).toBe(8);
       expect(finals(r.events).get(0)?.nll).toBeCloseTo(nll, 9);
@@ -282,7 +304,24 @@ describe("generation", () => {
       const steps = events.filter((e) => e.ph === "X");
       expect(new Set(steps.filter((e) => e.pid === 0).map((e) => e.tid))).toEqual(new Set([0, 1, 2, 3]));
       expect(new Set(steps.map((e) => e.name))).toEqual(
-        new Set(["agree", "embed", "route", "post moe", "wait moe", "merge2", "copy", "post dense", "wait dense", "head", "accept moe", "experts", "reply moe", "accept dense", "dense", "reply dense"]),
+        new Set([
+          "agree",
+          "embed",
+          "route",
+          "post moe",
+          "wait moe",
+          "merge2",
+          "copy",
+          "post dense",
+          "wait dense",
+          "head",
+          "accept moe",
+          "experts",
+          "reply moe",
+          "accept dense",
+          "dense",
+          "reply dense",
+        ]),
       );
       expect(steps.every((e) => (e.ts as number) >= 0 && (e.dur as number) >= 0)).toBe(true);
     }
@@ -302,10 +341,16 @@ describe("evaluation of a graph", () => {
     expect(r.stderr).toBe("");
     expect(r.code).toBe(0);
     expect([...new Float32Array(new Uint8Array(readFileSync(join(outputs, "y.bin"))).buffer)]).toEqual([...x].map((v) => 2 * v));
-    expect(run(bundle, [], [...flags, "2"])).toMatchObject({ code: 1, stderr: expect.stringMatching(/input 'layer\/x': .* has 96 bytes.* 64.*--rows/) });
+    expect(run(bundle, [], [...flags, "2"])).toMatchObject({
+      code: 1,
+      stderr: expect.stringMatching(/input 'layer\/x': .* has 96 bytes.* 64.*--rows/),
+    });
     expect(run(bundle, [], [...flags, "5"])).toMatchObject({ code: 1, stderr: expect.stringMatching(/--rows 5: .* at most 4/) });
     rmSync(join(inputs, "layer_x.bin"));
-    expect(run(bundle, [], [...flags, "3"])).toMatchObject({ code: 1, stderr: expect.stringMatching(/layer_x\.bin cannot be opened/) });
+    expect(run(bundle, [], [...flags, "3"])).toMatchObject({
+      code: 1,
+      stderr: expect.stringMatching(/layer_x\.bin cannot be opened/),
+    });
   });
 });
 
@@ -357,7 +402,8 @@ describe("ranks in processes of their own", () => {
       begin(writeBundle(folder(), mine), many, ["--role", "attention", "--rank", "0", ...flags]).done,
       begin(writeBundle(folder(), other), many, ["--role", "ffn", "--rank", "0", ...flags]).done,
     ]);
-    for (const r of results) expect(r).toMatchObject({ code: 3, stderr: expect.stringMatching(/contract K3|ended before the first round/) });
+    for (const r of results)
+      expect(r).toMatchObject({ code: 3, stderr: expect.stringMatching(/contract K3|ended before the first round/) });
     expect(results.map((r) => r.stderr).join()).toMatch(/sends 128 bytes, rank f0 expects 160 \(contract K3\)/);
   });
 
@@ -371,7 +417,10 @@ describe("ranks in processes of their own", () => {
     const flags = ["--role", "attention", "--rank", "0", ...session()];
     const first = begin(bundle, many, flags);
     await sleep(300);
-    expect(await begin(bundle, many, flags).done).toMatchObject({ code: 3, stderr: expect.stringMatching(/already has a rank a0/) });
+    expect(await begin(bundle, many, flags).done).toMatchObject({
+      code: 3,
+      stderr: expect.stringMatching(/already has a rank a0/),
+    });
     first.child.kill("SIGINT");
     expect((await first.done).stderr).toMatch(/interrupted/);
   });
@@ -403,7 +452,10 @@ describe("ranks in processes of their own", () => {
     await sleep(700);
     const at = Date.now();
     started[0]?.child.kill("SIGKILL");
-    expect(await started[1]?.done).toMatchObject({ code: 3, stderr: expect.stringMatching(/rank a0 .* ended unexpectedly while rank f0 was computing/) });
+    expect(await started[1]?.done).toMatchObject({
+      code: 3,
+      stderr: expect.stringMatching(/rank a0 .* ended unexpectedly while rank f0 was computing/),
+    });
     expect(Date.now() - at).toBeLessThan(2000);
   });
 
@@ -411,7 +463,10 @@ describe("ranks in processes of their own", () => {
     const bundle = writeBundle(folder(), makeBundle(shape));
     const { child, done } = begin(bundle, long, ["--transport", "shm"], { STEP3_TEST_SLEEP_MS: "20" });
     await sleep(700);
-    const children = spawnSync("pgrep", ["-P", String(child.pid)], { encoding: "utf8" }).stdout.trim().split("\n").map(Number);
+    const children = spawnSync("pgrep", ["-P", String(child.pid)], { encoding: "utf8" })
+      .stdout.trim()
+      .split("\n")
+      .map(Number);
     expect(children).toHaveLength(4);
     const at = Date.now();
     process.kill(children[2] as number, "SIGKILL");
@@ -452,7 +507,9 @@ const editSteps =
         if (p.rank.name !== rank) return p;
         // steps carry their targets as objects while they move
         const steps = p.steps.map((step) => ({ ...step }));
-        const targets = new Map(steps.map((step) => ["after" in step ? step : undefined, "after" in step ? steps[step.after] : undefined]));
+        const targets = new Map(
+          steps.map((step) => ["after" in step ? step : undefined, "after" in step ? steps[step.after] : undefined]),
+        );
         const insert = (at: number, step: Step): void => void steps.splice(at, 0, { ...step });
         const edited = edit(steps, insert) ?? steps;
         const fixed = edited.map((step): Step => {
@@ -483,7 +540,14 @@ describe("--strict", () => {
       "K1",
       {},
       editSteps("a0", (steps, insert) =>
-        insert(find(steps, "post", 1, 0) + 1, { op: "launch", kernel: "copy", in: ["x1"], out: ["tok1"], rows: "head1", slot: 1 }),
+        insert(find(steps, "post", 1, 0) + 1, {
+          op: "launch",
+          kernel: "copy",
+          in: ["x1"],
+          out: ["tok1"],
+          rows: "head1",
+          slot: 1,
+        }),
       ),
       /slot 1, step \d+ \(launch copy\): writes push source 'tok1' while exchange 0, posted by step \d+, is in flight/,
     ],
@@ -503,7 +567,9 @@ describe("--strict", () => {
       editSteps("a0", (steps) => {
         const wait = find(steps, "wait", 0, 0);
         // what reads the replies goes too, so that the second post is the first thing wrong
-        return steps.filter((s, i) => i !== wait && !(s.op === "launch" && s.slot === 0 && i > wait && i < find(steps, "post", 0, 1)));
+        return steps.filter(
+          (s, i) => i !== wait && !(s.op === "launch" && s.slot === 0 && i > wait && i < find(steps, "post", 0, 1)),
+        );
       }),
       /slot 0, step \d+ \(post\): posts exchange 1 while exchange 0, posted by step \d+, has not been waited for/,
     ],
@@ -620,7 +686,10 @@ describe("--strict", () => {
     [
       "K4: a push reaches only some FFN ranks",
       (b) => {
-        b.schedules = b.schedules.map((s) => ({ ...s, keys: s.keys.filter((k) => !(k.f === 1 && k.slot === 2 && k.field === "ids")) }));
+        b.schedules = b.schedules.map((s) => ({
+          ...s,
+          keys: s.keys.filter((k) => !(k.f === 1 && k.slot === 2 && k.field === "ids")),
+        }));
       },
       /slot 2: no key carries 'ids' from a0 to f1, though every exchange reaches every FFN rank \(contract K4\)/,
     ],
@@ -636,22 +705,74 @@ describe("--strict", () => {
 
 describe("spoiled bundles", () => {
   const wrong: [string, (b: Bundle) => void, RegExp][] = [
-    ["format", (b) => Object.assign(b.manifest, { format: 2 }), /manifest\.json: at byte \d+: this runtime reads bundles of format 1/],
-    ["wire of a schedule", (b) => Object.assign(b.schedules[0] as object, { wire: "0".repeat(64) }), /schedule-prefill\.json: .*not the wire hash of manifest/],
-    ["region too small", (b) => Object.assign(b.schedules[1]?.programs[0]?.memory as object, { scratch: 64 }), /buffer '\w+' lies outside region scratch/],
-    ["unknown kernel", (b) => Object.assign(b.schedules[0]?.programs[0]?.steps[0] as object, { kernel: "nope" }), /kernel 'nope' is not in the attention program/],
-    ["unknown buffer", (b) => Object.assign(b.schedules[0]?.programs[0]?.steps[0] as object, { in: ["nope"] }), /rank a0 has no buffer 'nope'/],
-    ["argument count", (b) => Object.assign(b.schedules[0]?.programs[0]?.steps[3] as object, { in: ["ids1"] }), /kernel 'embed' gets 3 arguments, its first launch has 5/],
-    ["argument type", (b) => Object.assign(b.schedules[0]?.programs[0]?.steps[3] as object, { in: ["ids1", "position1", "seed1"] }), /argument 2 of kernel 'embed' is u32\[T\], its first launch has i32\[T,4\]/],
+    [
+      "format",
+      (b) => Object.assign(b.manifest, { format: 2 }),
+      /manifest\.json: at byte \d+: this runtime reads bundles of format 1/,
+    ],
+    [
+      "wire of a schedule",
+      (b) => Object.assign(b.schedules[0] as object, { wire: "0".repeat(64) }),
+      /schedule-prefill\.json: .*not the wire hash of manifest/,
+    ],
+    [
+      "region too small",
+      (b) => Object.assign(b.schedules[1]?.programs[0]?.memory as object, { scratch: 64 }),
+      /buffer '\w+' lies outside region scratch/,
+    ],
+    [
+      "unknown kernel",
+      (b) => Object.assign(b.schedules[0]?.programs[0]?.steps[0] as object, { kernel: "nope" }),
+      /kernel 'nope' is not in the attention program/,
+    ],
+    [
+      "unknown buffer",
+      (b) => Object.assign(b.schedules[0]?.programs[0]?.steps[0] as object, { in: ["nope"] }),
+      /rank a0 has no buffer 'nope'/,
+    ],
+    [
+      "argument count",
+      (b) => Object.assign(b.schedules[0]?.programs[0]?.steps[3] as object, { in: ["ids1"] }),
+      /kernel 'embed' gets 3 arguments, its first launch has 5/,
+    ],
+    [
+      "argument type",
+      (b) => Object.assign(b.schedules[0]?.programs[0]?.steps[3] as object, { in: ["ids1", "position1", "seed1"] }),
+      /argument 2 of kernel 'embed' is u32\[T\], its first launch has i32\[T,4\]/,
+    ],
     ["state size", (b) => Object.assign(b.manifest.kv as object, { pages: 32 }), /state 'kv0' is not 32 pages of 64 bytes/],
     ["a rank too many", (b) => Object.assign(b.manifest, { attention: 2 }), /schedule-prefill\.json: .* 2 programs for 3 ranks/],
-    ["device", (b) => Object.assign(b.manifest.programs[1] as object, { device: "npu" }), /no driver for device 'npu' of rank f0/],
+    [
+      "device",
+      (b) => Object.assign(b.manifest.programs[1] as object, { device: "npu" }),
+      /no driver for device 'npu' of rank f0/,
+    ],
     ["weights outside", (b) => Object.assign(b.manifest.weights[0] as object, { file: "../x" }), /lies inside the bundle/],
-    ["weight missing", (b) => b.weights.set("weights/ffn0.safetensors", new Map()), /weights\/ffn0\.safetensors: tensor 'experts' is missing/],
-    ["weight size", (b) => b.weights.get("weights/ffn0.safetensors")?.set("experts", new Uint8Array(128)), /tensor 'experts' has 128 bytes, the schedule wants 64/],
-    ["dimension", (b) => Object.assign(b.schedules[0]?.programs[0]?.buffers.find((x) => x.name === "x0") as object, { shape: ["T*", 8] }), /dimension 'T\*' cannot be read/],
-    ["symbol", (b) => Object.assign(b.schedules[0]?.programs[0]?.buffers.find((x) => x.name === "x0") as object, { shape: ["U", 8] }), /mentions 'U', which is not declared/],
-    ["overlap", (b) => Object.assign(b.schedules[0]?.programs[0]?.buffers.find((x) => x.name === "ids1") as object, { offset: 0 }), /buffers '\w+' and '\w+' of rank a0 overlap in region input/],
+    [
+      "weight missing",
+      (b) => b.weights.set("weights/ffn0.safetensors", new Map()),
+      /weights\/ffn0\.safetensors: tensor 'experts' is missing/,
+    ],
+    [
+      "weight size",
+      (b) => b.weights.get("weights/ffn0.safetensors")?.set("experts", new Uint8Array(128)),
+      /tensor 'experts' has 128 bytes, the schedule wants 64/,
+    ],
+    [
+      "dimension",
+      (b) => Object.assign(b.schedules[0]?.programs[0]?.buffers.find((x) => x.name === "x0") as object, { shape: ["T*", 8] }),
+      /dimension 'T\*' cannot be read/,
+    ],
+    [
+      "symbol",
+      (b) => Object.assign(b.schedules[0]?.programs[0]?.buffers.find((x) => x.name === "x0") as object, { shape: ["U", 8] }),
+      /mentions 'U', which is not declared/,
+    ],
+    [
+      "overlap",
+      (b) => Object.assign(b.schedules[0]?.programs[0]?.buffers.find((x) => x.name === "ids1") as object, { offset: 0 }),
+      /buffers '\w+' and '\w+' of rank a0 overlap in region input/,
+    ],
   ];
   for (const [name, spoil, message] of wrong)
     it(`${name}: exit 1, one line`, () => {
@@ -665,7 +786,11 @@ describe("spoiled bundles", () => {
       ["manifest.json", (b: Buffer) => b.subarray(0, 100), /manifest\.json: not valid JSON at byte 100/],
       ["schedule-decode.json", () => undefined, /schedule-decode\.json: cannot be opened/],
       ["COMPLETE", () => undefined, /no COMPLETE/],
-      ["weights/ffn0.safetensors", (b: Buffer) => b.subarray(0, b.length - 1), /ffn0\.safetensors: .*outside the 63 bytes of data/],
+      [
+        "weights/ffn0.safetensors",
+        (b: Buffer) => b.subarray(0, b.length - 1),
+        /ffn0\.safetensors: .*outside the 63 bytes of data/,
+      ],
       ["weights/ffn0.safetensors", () => Buffer.from([255, 255, 255, 255, 255, 255, 255, 255, 1]), /its header claims/],
       ["schedule-decode.json", () => Buffer.from("[".repeat(100_000)), /nested more than 64 deep/],
     ] as const) {
@@ -680,7 +805,9 @@ describe("spoiled bundles", () => {
 
   it("byte flips under address and undefined-behaviour checks: the reader never falls", () => {
     const bundle = bundleOf({ attention: 2, ffn: 2 });
-    const { status, stdout, stderr } = spawnSync(checked.fuzz, [bundle, join(scratch, "fuzz"), "15", "20250101"], { encoding: "utf8" });
+    const { status, stdout, stderr } = spawnSync(checked.fuzz, [bundle, join(scratch, "fuzz"), "15", "20250101"], {
+      encoding: "utf8",
+    });
     expect(stderr).toBe("");
     expect(status).toBe(0);
     expect(stdout).toMatch(/^\d+ spoiled bundles, \d+ refused/);
@@ -723,7 +850,11 @@ describe("under sanitizers", () => {
   ] as const)
     it(name, () => {
       const bundle = bundleOf({ attention: 2, ffn: 2 });
-      for (const flags of [["--threads", "2"], ["--threads", "3", "--strict", "--trace", join(scratch, "t.json"), "--stats", join(scratch, "s.json")], ["--transport", "shm", "--threads", "2"]]) {
+      for (const flags of [
+        ["--threads", "2"],
+        ["--threads", "3", "--strict", "--trace", join(scratch, "t.json"), "--stats", join(scratch, "s.json")],
+        ["--transport", "shm", "--threads", "2"],
+      ]) {
         const r = run(bundle, many, flags, build());
         expect([r.code, r.stderr]).toEqual([0, ""]);
         expect(tokensOf(r)).toEqual(expected(many, 2));
@@ -753,8 +884,17 @@ describe("command line", () => {
 
   it("programs that are missing or not programs exit 1", () => {
     const bundle = bundleOf();
-    expect(run(bundle, [], ["--program-ffn", "/nowhere.so"])).toMatchObject({ code: 1, stderr: expect.stringMatching(/\/nowhere\.so: not there/) });
-    expect(run(bundle, [], ["--program-ffn", join(bundle, "manifest.json")])).toMatchObject({ code: 1, stderr: expect.stringMatching(/cannot be loaded/) });
-    expect(run(bundle, [], ["--isa", "abacus"])).toMatchObject({ code: 1, stderr: expect.stringMatching(/no kernels for --isa abacus/) });
+    expect(run(bundle, [], ["--program-ffn", "/nowhere.so"])).toMatchObject({
+      code: 1,
+      stderr: expect.stringMatching(/\/nowhere\.so: not there/),
+    });
+    expect(run(bundle, [], ["--program-ffn", join(bundle, "manifest.json")])).toMatchObject({
+      code: 1,
+      stderr: expect.stringMatching(/cannot be loaded/),
+    });
+    expect(run(bundle, [], ["--isa", "abacus"])).toMatchObject({
+      code: 1,
+      stderr: expect.stringMatching(/no kernels for --isa abacus/),
+    });
   });
 });

@@ -42,12 +42,12 @@ weight w bf16[4,64] = tensor "w"
 weight v bf16[64,64] = tensor "v"
 x bf16[T,64] = gather(w, i) @attention
 t bf16[T,64] = silu(x) @attention
-t0 bf16[T,64] = dispatch(t) {exchange: 0} @attention
+t0 bf16[T,64] = dispatch(t) {exchange: 0, ranks: 1} @attention
 b bf16[T,64] = neg(x) @attention
 y bf16[T,64] = linear(t0, v) @ffn0
 p bf16[T,64] = collect(y) {exchange: 0} @attention
 z bf16[T,64] = add(p, b) @attention
-z0 bf16[T,64] = dispatch(z) {exchange: 1} @attention
+z0 bf16[T,64] = dispatch(z) {exchange: 1, ranks: 1} @attention
 u bf16[T,64] = linear(z0, v) @ffn0
 q bf16[T,64] = collect(u) {exchange: 1} @attention
 r bf16[T,64] = mul(q, x) @attention
@@ -239,7 +239,9 @@ describe("values with unusual lives", () => {
   test("what cannot be scheduled is refused in words", () => {
     const refuse = (text: string, what: RegExp): void => void expect(() => scheduleOf(graphOf(text), small)).toThrow(what);
     refuse(twoExchanges.replace("dispatch(z)", "dispatch(t)").replace("mul(q, x)", "mul(q, z)"), /t, which is sent already; it needs a copy/);
-    refuse(twoExchanges.replaceAll("{exchange: 1}", "{exchange: 2}"), /exchange 1 of 3 lacks/);
+    const g = graphOf(twoExchanges);
+    const ops = g.ops.map((op) => (op.attrs.exchange === 1 ? { ...op, attrs: { ...op.attrs, exchange: 2 } } : op));
+    expect(() => scheduleOf({ ...g, ops }, small)).toThrow(/exchange 1 of 3 lacks its dispatch/);
     expect(() => scheduleOf(graphOf(twoExchanges), { attention: 300, microBatches: 1 })).toThrow(UserError);
     expect(() => scheduleOf(graphOf(twoExchanges), { attention: 1, microBatches: 0 })).toThrow(/0 micro-batches: choose 1 to 256/);
   });
@@ -306,7 +308,7 @@ describe("text of a schedule", () => {
   const good = printSchedule(scheduleOf(graphOf(twoExchanges), { attention: 1, microBatches: 1 }));
   for (const [what, from, to, error] of [
     ["a missing word", " slots 1", " slot 1", /^t:1:\d+: expected 'slots', found 'slot'$/],
-    ["a step out of order", "\n  1 launch", "\n  7 launch", /^t:\d+:3: expected step 1, found '7'$/],
+    ["a step out of order", "\n 1 launch", "\n 7 launch", /^t:\d+:2: expected step 1, found '7'$/],
     ["an unknown dtype", "tok bf16[T,64]", "tok bf17[T,64]", /^t:3:\d+: expected a type with a dtype \(f64, .*\), found 'bf17\[T,64\]'$/],
     ["a bad dimension", "tok bf16[T,64]", "tok bf16[T+,64]", /^t:3:\d+: dimension/],
     ["an unknown region", "head0 u8[64] exchange", "head0 u8[64] cupboard", /^t:\d+:\d+: expected a region \(weights, .*\), found 'cupboard'$/],
@@ -322,7 +324,7 @@ describe("text of a schedule", () => {
       expect(parse).toThrow(error);
     });
   test("a text that ends too early says so", () => {
-    expect(() => parseSchedule("schedule x abi 1 wire", "t")).toThrow(/^t:1:22: expected a string, found the end of the text$/);
+    expect(() => parseSchedule("schedule n abi 1 wire", "t")).toThrow(/^t:1:22: expected a string, found the end of the text$/);
     expect(() => parseSchedule("", "t")).toThrow(UserError);
   });
 });

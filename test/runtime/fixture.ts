@@ -3,7 +3,7 @@ import { createHash } from "node:crypto";
 import { mkdirSync, rmSync, writeFileSync } from "node:fs";
 import { dirname, join } from "node:path";
 import type { KernelFacts, Manifest } from "../../ir/bundle.ts";
-import type { Buffer as Memory, ExchangeType, Field, Key, RankProgram, Schedule, Step } from "../../ir/schedule.ts";
+import type { ExchangeType, Field, Key, Buffer as Memory, RankProgram, Schedule, Step } from "../../ir/schedule.ts";
 import { type DType, dtypeBytes } from "../../ir/type.ts";
 
 export interface Shape {
@@ -65,7 +65,13 @@ class Regions {
     this.rows = rows;
     this.segments = segments;
   }
-  add(name: string, region: Memory["region"], dtype: DType, shape: Memory["shape"], rest: { slot?: number; binds?: string } = {}): void {
+  add(
+    name: string,
+    region: Memory["region"],
+    dtype: DType,
+    shape: Memory["shape"],
+    rest: { slot?: number; binds?: string } = {},
+  ): void {
     const permanent = region === "weights" || region === "state";
     const segments = permanent ? 1 : this.segments;
     const one = shape.reduce((n: number, d) => n * (d === "T" ? this.rows : (d as number)), dtypeBytes(dtype));
@@ -101,7 +107,8 @@ const attentionProgram = (a: number, shape: Shape, rows: number): RankProgram =>
   }
   const steps: Step[] = [];
   const launch = (slot: number, kernel: string, inputs: string[], out: string[], inout?: string[]): number => {
-    const of = (names: string[]): string[] => names.map((n) => (n === "kv0" || n === "w_head" ? n : n.replace(/^(\w+?)(\.\d+)?$/, `$1${slot}$2`)));
+    const of = (names: string[]): string[] =>
+      names.map((n) => (n === "kv0" || n === "w_head" ? n : n.replace(/^(\w+?)(\.\d+)?$/, `$1${slot}$2`)));
     steps.push({ op: "launch", kernel, in: of(inputs), out: of(out), ...(inout ? { inout } : {}), rows: `head${slot}`, slot });
     return steps.length - 1;
   };
@@ -142,7 +149,14 @@ const ffnProgram = (f: number, shape: Shape, rows: number): RankProgram => {
     for (let m = 0; m < shape.slots; m++) {
       for (let a = 0; a < shape.attention; a++) steps.push({ op: "accept", slot: m, exchange, from: a });
       const inputs = exchange === 0 ? [`tok${m}`, `eids${m}`, `wgt${m}`, "w"] : [`tok${m}`, "w"];
-      steps.push({ op: "launch", kernel: exchange === 0 ? "experts" : "dense", in: inputs, out: [`back${m}`], rows: `head${m}`, slot: m });
+      steps.push({
+        op: "launch",
+        kernel: exchange === 0 ? "experts" : "dense",
+        in: inputs,
+        out: [`back${m}`],
+        rows: `head${m}`,
+        slot: m,
+      });
       const after = steps.length - 1;
       for (let a = 0; a < shape.attention; a++) steps.push({ op: "reply", slot: m, exchange, to: a, after });
     }
@@ -208,7 +222,9 @@ const floats = (values: readonly number[]): Uint8Array => {
 const kernels = (names: readonly string[]): KernelFacts[] => names.map((name) => ({ name, about: name, scratch: 0 }));
 
 export const makeBundle = (shape: Shape): Bundle => {
-  const wire = createHash("sha256").update(`test ${shape.attention}A${shape.ffn}F ${shape.source ?? ""}`).digest("hex");
+  const wire = createHash("sha256")
+    .update(`test ${shape.attention}A${shape.ffn}F ${shape.source ?? ""}`)
+    .digest("hex");
   const schedules = [scheduleOf("prefill", shape, shape.prefillRows, wire), scheduleOf("decode", shape, shape.decodeRows, wire)];
   const first = schedules[0] as Schedule;
   const weights = new Map([["weights/attention.safetensors", new Map([["lm_head", floats(lmHead)]])]]);
@@ -217,7 +233,12 @@ export const makeBundle = (shape: Shape): Bundle => {
   const manifest: Manifest = {
     format: 1,
     step3c: "test",
-    model: { name: "small integers", vocabulary: V, eos: [31], refused: [{ id: 30, why: "image token: this bundle has no vision tower" }] },
+    model: {
+      name: "small integers",
+      vocabulary: V,
+      eos: [31],
+      refused: [{ id: 30, why: "image token: this bundle has no vision tower" }],
+    },
     source: wire,
     wire,
     precision: { weights: "none", kv: "none" },
@@ -229,7 +250,12 @@ export const makeBundle = (shape: Shape): Bundle => {
     maxContext: context,
     symbols: first.symbols,
     programs: [
-      { role: "attention", target: "test", device: "cpp", kernels: kernels(["embed", "route", "copy", "merge1", "merge2", "head", "stray"]) },
+      {
+        role: "attention",
+        target: "test",
+        device: "cpp",
+        kernels: kernels(["embed", "route", "copy", "merge1", "merge2", "head", "stray"]),
+      },
       { role: "ffn", target: "test", device: "cpp", kernels: kernels(["experts", "dense", "stray"]) },
     ],
     schedules: schedules.map((s) => s.name),
@@ -313,7 +339,7 @@ export const writeBundle = (directory: string, bundle: Bundle): string => {
 /** What the programs compute, one token after another: logits after `ids`. */
 export const logitsAfter = (ids: readonly number[], ffn: number): number[] => {
   let sum = 0;
-  ids.forEach((id, p) => (sum = (sum + (p + 1) * (id + 1)) % 997));
+  for (const [p, id] of ids.entries()) sum = (sum + (p + 1) * (id + 1)) % 997;
   const x = Array.from({ length: H }, (_, i) => (sum * (i + 3)) % 101);
   const first = (x[1] as number) % 4;
   const ranks = Array.from({ length: ffn }, (_, f) => expertsOf(f));

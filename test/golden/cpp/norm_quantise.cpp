@@ -17,7 +17,7 @@ void norm_quantise(const s3_call *c) {
     alignas(64) float amax13_row[2];
     alignas(64) float cast12_row[256];
     alignas(64) float where19_row[2];
-S3_INDEPENDENT
+    S3_INDEPENDENT
     for (int64_t i = 0; i < 256; ++i) {
       const float x0 = value(in0_row[i]);
       const float x1 = in1_row[i];
@@ -30,7 +30,7 @@ S3_INDEPENDENT
     const float mean5 = mean(mul4_row, 256);
     const float add7 = mean5 + 0.00001f;
     const float rsqrt8 = 1 / square_root(add7);
-S3_INDEPENDENT
+    S3_INDEPENDENT
     for (int64_t i = 0; i < 256; ++i) {
       const float x0 = value(in0_row[i]);
       const float x1 = in1_row[i];
@@ -43,7 +43,7 @@ S3_INDEPENDENT
       cast12_row[i] = mul11;
     }
     amax_of_groups(cast12_row, 256, 128, amax13_row);
-S3_INDEPENDENT
+    S3_INDEPENDENT
     for (int64_t i = 0; i < 2; ++i) {
       const float div15 = amax13_row[i] / 448.0f;
       const float equal17 = div15 == 0.0f ? 1.0f : 0.0f;
@@ -54,7 +54,7 @@ S3_INDEPENDENT
     for (int64_t g = 0; g < 2; ++g) {
       const float where19_group = where19_row[g];
       const int64_t last = (g + 1) * 128;
-S3_INDEPENDENT
+      S3_INDEPENDENT
       for (int64_t i = g * 128; i < last; ++i) {
         const float div21 = cast12_row[i] / where19_group;
         out1_row[i] = to_e4m3(div21);

@@ -8,7 +8,7 @@ void softmax(const s3_call *c) {
     float *const out0_row = out0 + row * 48;
     alignas(64) float exp2_row[48];
     const float max0 = max(in0_row, 48);
-S3_INDEPENDENT
+    S3_INDEPENDENT
     for (int64_t i = 0; i < 48; ++i) {
       const float x0 = in0_row[i];
       const float sub1 = x0 - max0;
@@ -16,7 +16,7 @@ S3_INDEPENDENT
       exp2_row[i] = exp2;
     }
     const float sum3 = sum(exp2_row, 48);
-S3_INDEPENDENT
+    S3_INDEPENDENT
     for (int64_t i = 0; i < 48; ++i) {
       out0_row[i] = exp2_row[i] / sum3;
     }

@@ -9,7 +9,7 @@ void swiglu(const s3_call *c) {
     const float *const in1_row = in1 + row * 5120;
     bf16 *const out0_row = out0 + row * 5120;
     const int64_t first = r.tile * 2048, last = first + 2048 < 5120 ? first + 2048 : 5120;
-S3_INDEPENDENT
+    S3_INDEPENDENT
     for (int64_t i = first; i < last; ++i) {
       const float x0 = in0_row[i];
       const float silu0 = x0 / (1.0f + exponential_of((-x0)));
