@@ -296,7 +296,11 @@ export const errorOf = (reference: Tensor, got: ArrayLike<number>): number => {
 
 /** The report for people: one line an op, then everything that is wrong or lacking. */
 export const reportText = (report: Report): string => {
-  const lines = [`backend ${report.backend}, architecture ${report.arch}: ${report.ok ? "ok" : "NOT OK"}`];
+  const taken = report.results.filter((r) => r.status === "matched").length;
+  const verdict = report.ok ? (report.ran ? "all of them right" : "nothing broken") : "SOMETHING IS WRONG";
+  const lines = [
+    `backend ${report.backend}, architecture ${report.arch}: ${taken} of ${report.results.length} samples matched, ${verdict}`,
+  ];
   const ops = [...new Set(report.results.map((r) => r.op))];
   const width = Math.max(...ops.map((o) => o.length));
   for (const op of ops) {

@@ -78,7 +78,7 @@ export const onTarget = async (
   try {
     const bundle = join(scratch, "graph.s3");
     await compile(path, { ...defaultOptions, attention: options.target, ffn: options.target, out: bundle }, progress);
-    const native = await buildBundle(bundle, readManifest(bundle), progress);
+    const native = await buildBundle(bundle, readManifest(bundle), progress, options.isa);
     const [from, to] = [join(scratch, "inputs"), join(scratch, "outputs")];
     mkdirSync(from);
     mkdirSync(to);

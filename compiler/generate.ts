@@ -170,7 +170,7 @@ const runNative = async (
   onEvent: (event: RunnerEvent) => void,
 ): Promise<RunStatistics> => {
   const manifest = readManifest(bundle);
-  const native = await buildBundle(bundle, manifest, progress);
+  const native = await buildBundle(bundle, manifest, progress, options.isa);
   const scratch = mkdtempSync(join(tmpdir(), "step3c-"));
   const statistics = join(scratch, "stats.json");
   const flag = (name: string, value: string | number | undefined): string[] => (value === undefined ? [] : [name, String(value)]);

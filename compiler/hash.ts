@@ -11,6 +11,8 @@ export type HashName = "sha256" | "blake2b512" | "pieces";
 export interface Hasher {
   /** Adds bytes to a stream; resolves when they have been read and their memory may be used again. */
   update(stream: string, algorithm: HashName, bytes: Uint8Array): Promise<void>;
+  /** As `update`, of memory that nobody needs any more: it is given away where it can be, not copied. */
+  consume(stream: string, algorithm: HashName, bytes: Uint8Array): Promise<void>;
   /** The digest of a stream so far, in hex; ends the stream. */
   digest(stream: string, algorithm: HashName): Promise<string>;
   close(): Promise<void>;
@@ -110,7 +112,7 @@ export const createHasher = (): Hasher => {
     return chosen;
   };
 
-  const send = async (stream: string, algorithm: HashName, bytes: Uint8Array | undefined): Promise<string> => {
+  const send = async (stream: string, algorithm: HashName, bytes?: Uint8Array, free = false): Promise<string> => {
     const thread = threadOf(stream);
     const id = next++;
     const size = bytes?.length ?? 0;
@@ -120,12 +122,10 @@ export const createHasher = (): Hasher => {
         if (thread.failure) throw thread.failure;
         thread.waiting.set(id, { resolve, reject });
         thread.worker.ref();
-        // shared memory is seen by the thread; other memory is copied, and only the part that is meant
-        const shared = bytes === undefined || bytes.buffer instanceof SharedArrayBuffer ? bytes : new Uint8Array(bytes);
-        thread.worker.postMessage(
-          { id, stream, algorithm, bytes: shared },
-          shared && shared !== bytes ? [shared.buffer as ArrayBuffer] : [],
-        );
+        // shared memory is seen by the thread; other memory is moved there, or copied
+        const shared = bytes === undefined || bytes.buffer instanceof SharedArrayBuffer;
+        const message = shared || (free && bytes.length === bytes.buffer.byteLength) ? bytes : new Uint8Array(bytes);
+        thread.worker.postMessage({ id, stream, algorithm, bytes: message }, shared ? [] : [message?.buffer as ArrayBuffer]);
       });
     } finally {
       thread.load -= size;
@@ -135,8 +135,9 @@ export const createHasher = (): Hasher => {
 
   return {
     update: async (stream, algorithm, bytes) => void (await send(stream, algorithm, bytes)),
+    consume: async (stream, algorithm, bytes) => void (await send(stream, algorithm, bytes, true)),
     digest: async (stream, algorithm) => {
-      const digest = await send(stream, algorithm, undefined);
+      const digest = await send(stream, algorithm);
       owner.delete(stream);
       return digest;
     },

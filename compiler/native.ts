@@ -17,25 +17,46 @@ export interface NativeBuild {
 /**
  * Builds the runtime and the programs of a bundle with CMake, each once per content and toolchain, in `<bundle>.build/`
  * (or under STEP3C_BUILD_DIR, which many bundles may share). Needs cmake and a C++20 compiler; says so when one is missing.
+ * Programs are built for the instruction set `isa`, or the best of this processor: a bundle's own CMake files build for all of them.
  */
-export const buildBundle = async (bundle: string, manifest: Manifest, progress: Progress): Promise<NativeBuild> => {
+export const buildBundle = async (
+  bundle: string,
+  manifest: Manifest,
+  progress: Progress,
+  isa: string | undefined = bestIsa(),
+): Promise<NativeBuild> => {
   const toolchain = findToolchain();
   const root = process.env.STEP3C_BUILD_DIR ?? `${resolve(bundle)}.build`;
   mkdirSync(root, { recursive: true });
-  const built = async (part: string, product: string): Promise<string> => {
+  const built = async (part: string, product: string, options: readonly string[] = []): Promise<string> => {
     const source = join(bundle, part);
-    const key = createHash("sha256").update(toolchain.id).update(treeHash(source)).digest("hex").slice(0, 16);
+    const key = createHash("sha256")
+      .update([toolchain.id, ...options].join("\n"))
+      .update(treeHash(source))
+      .digest("hex")
+      .slice(0, 16);
     const directory = join(root, `${part.replace("/", "-")}-${key}`);
     const file = join(directory, product);
-    if (!existsSync(file)) await cmake(source, directory, toolchain, progress, part);
+    if (!existsSync(file)) await cmake(source, directory, toolchain, options, progress, part);
     if (!existsSync(file)) throw new UserError(`building ${source} gave no ${product}: see ${join(directory, "build.log")}`, 3);
     return file;
   };
+  const forIsa = isa === undefined ? [] : [`-DS3_ISAS=${isa}`, "--no-warn-unused-cli"];
   // One after the other: each build already uses all cores.
   const runner = await built("runtime", "step3-run");
-  const attention = await built("programs/attention", "libprogram.so");
+  const attention = await built("programs/attention", "libprogram.so", forIsa);
   const hasFfn = manifest.programs.some((p) => p.role === "ffn");
-  return hasFfn ? { runner, attention, ffn: await built("programs/ffn", "libprogram.so") } : { runner, attention };
+  return hasFfn ? { runner, attention, ffn: await built("programs/ffn", "libprogram.so", forIsa) } : { runner, attention };
+};
+
+/** The best instruction set of the processor that a program knows by name; undefined, for all of them, where it cannot be told. */
+const bestIsa = (): string | undefined => {
+  if (process.arch !== "x64" || !existsSync("/proc/cpuinfo")) return undefined;
+  const flags = new Set(/^flags\s*:(.*)$/m.exec(readFileSync("/proc/cpuinfo", "utf8"))?.[1]?.trim().split(" "));
+  const has = (...names: string[]): boolean => names.every((name) => flags.has(name));
+  if (!has("avx2", "fma", "f16c", "bmi1", "bmi2", "abm", "movbe")) return "baseline";
+  if (!has("avx512f", "avx512dq", "avx512cd", "avx512bw", "avx512vl")) return "avx2";
+  return has("amx_tile", "amx_bf16", "amx_int8") ? "amx" : "avx512";
 };
 
 interface Toolchain {
@@ -76,6 +97,7 @@ const cmake = async (
   source: string,
   directory: string,
   toolchain: Toolchain,
+  options: readonly string[],
   progress: Progress,
   part: string,
 ): Promise<void> => {
@@ -91,14 +113,8 @@ const cmake = async (
       child.on("error", fail);
       child.on("close", (code) => done(code ?? 1));
     });
-  const configure = [
-    "-S",
-    resolve(source),
-    "-B",
-    work,
-    "-DCMAKE_BUILD_TYPE=Release",
-    `-DCMAKE_CXX_COMPILER=${toolchain.compiler}`,
-  ];
+  const where = ["-S", resolve(source), "-B", work];
+  const configure = [...where, "-DCMAKE_BUILD_TYPE=Release", `-DCMAKE_CXX_COMPILER=${toolchain.compiler}`, ...options];
   const code = (await step(configure)) || (await step(["--build", work, "--parallel", String(availableParallelism())]));
   const text = log.join("");
   writeFileSync(join(work, "build.log"), text);

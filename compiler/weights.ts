@@ -321,24 +321,42 @@ const createOutput = async (
     throw ioError(plan.path, "written", error);
   }
   const stream = `file ${plan.path}`;
-  const waiting = new Map<number, Uint8Array>();
+  interface Hashable {
+    readonly bytes: Uint8Array;
+    /** when nobody else needs its memory any more */
+    readonly free: Promise<void>;
+  }
+  const waiting = new Map<number, Hashable>();
   let [digested, deferred, late] = [0, 0, false];
+  /** the digest's turns follow each other in the file's order */
+  let turn: Promise<void> = Promise.resolve();
 
-  const digest = async (position: number, bytes: Uint8Array): Promise<void> => {
+  const hash = ({ bytes, free }: Hashable): Promise<void> => {
+    const before = turn;
+    const sent = Promise.all([before, free]).then(() => ({ done: hasher.consume(stream, algorithm, bytes) }));
+    turn = sent.then(
+      () => {},
+      () => {},
+    );
+    return sent.then(({ done }) => done);
+  };
+  const digest = async (position: number, piece: Hashable): Promise<void> => {
     if (late) return;
     if (position !== digested) {
-      deferred += bytes.length;
+      deferred += piece.bytes.length;
       late = deferred > mostDeferred;
       if (late) waiting.clear();
-      // a copy: the memory of a window is used again
-      else waiting.set(position, new Uint8Array(bytes));
+      // the memory of a window is used again before the turn comes
+      else if (piece.bytes.buffer instanceof SharedArrayBuffer)
+        waiting.set(position, { ...piece, bytes: new Uint8Array(piece.bytes) });
+      else waiting.set(position, piece);
       return;
     }
     const done: Promise<void>[] = [];
-    for (let next: Uint8Array | undefined = bytes; next; next = waiting.get(digested)) {
-      if (waiting.delete(digested)) deferred -= next.length;
-      digested += next.length;
-      done.push(hasher.update(stream, algorithm, next));
+    for (let next: Hashable | undefined = piece; next; next = waiting.get(digested)) {
+      if (waiting.delete(digested)) deferred -= next.bytes.length;
+      digested += next.bytes.length;
+      done.push(hash(next));
     }
     await Promise.all(done);
   };
@@ -351,15 +369,18 @@ const createOutput = async (
     }
   };
   const both = async (position: number, bytes: Uint8Array): Promise<void> => {
-    if (bytes.length > 0) await Promise.all([digest(position, bytes), put(position, bytes)]);
+    if (bytes.length === 0) return;
+    const free = put(position, bytes);
+    await Promise.all([digest(position, { bytes, free }), free]);
   };
 
   const header = headerOf(plan);
-  const total = header.length + plan.weights.reduce((n, w) => n + w.bytes, 0);
+  const start = header.length;
+  const total = start + plan.weights.reduce((n, w) => n + w.bytes, 0);
   await both(0, header);
   return {
     bytes: total,
-    write: (position, bytes) => both(header.length + position, bytes),
+    write: (position, bytes) => both(start + position, bytes),
     finish: async () => {
       if (!late && digested === total) return hasher.digest(stream, algorithm);
       // pieces came too far out of order: read the file again, from its beginning

@@ -19,7 +19,15 @@
  *      1 launch k0_linear (tok0, w) -> (back0) rows head0 s0
  *      2 reply s0 #0 to a0 after 1
  */
-import { createToken, EmbeddedActionsParser, EOF, type IParserErrorMessageProvider, type IToken, Lexer, type TokenType } from "chevrotain";
+import {
+  createToken,
+  EmbeddedActionsParser,
+  EOF,
+  type IParserErrorMessageProvider,
+  type IToken,
+  Lexer,
+  type TokenType,
+} from "chevrotain";
 import { type Dim, parseDim } from "./dim.ts";
 import { UserError } from "./error.ts";
 import type { Buffer, ExchangeType, Field, Key, Rank, RankProgram, Schedule, Step } from "./schedule.ts";
@@ -37,7 +45,9 @@ export const printSchedule = (s: Schedule): string => {
   }
   if (s.exchanges.length > 0) lines.push(`order ${runs(s.exchanges)}`);
   for (const k of s.keys)
-    lines.push(`key ${k.key} ${k.direction} a${k.a} f${k.f} s${k.slot} ${nameText(k.field)}: ${nameText(k.source)} -> ${nameText(k.target)}`);
+    lines.push(
+      `key ${k.key} ${k.direction} a${k.a} f${k.f} s${k.slot} ${nameText(k.field)}: ${nameText(k.source)} -> ${nameText(k.target)}`,
+    );
   const written = new Map<string, string>(); // program without its rank -> rank
   for (const p of s.programs) {
     const head = `rank ${p.rank.name} on ${nameText(p.rank.target)}`;
@@ -106,7 +116,9 @@ const programText = ({ buffers, steps, memory }: RankProgram): string => {
     const segments = b.segments === 1 ? "" : ` x ${b.segments}`;
     const slot = b.slot === undefined ? "" : ` s${b.slot}`;
     const binds = b.binds === undefined ? "" : ` for ${nameText(b.binds)}`;
-    lines.push(`buffer ${nameText(b.name)} ${typeText(b.dtype, b.shape)}${segments} ${b.region} @ ${b.offset} ${b.bytes} bytes${slot}${binds}`);
+    lines.push(
+      `buffer ${nameText(b.name)} ${typeText(b.dtype, b.shape)}${segments} ${b.region} @ ${b.offset} ${b.bytes} bytes${slot}${binds}`,
+    );
   }
   const width = String(steps.length - 1).length;
   steps.forEach((step, at) => lines.push(`${String(at).padStart(width + 1)} ${stepText(step)}`));
@@ -137,7 +149,8 @@ const stepText = (s: Step): string => {
 const regions = ["weights", "state", "exchange", "scratch", "input", "output"] as const;
 
 const Name = createToken({ name: "Name", pattern: /[A-Za-z_][\w.]*/, label: "a name", line_breaks: false });
-const token = (name: string, pattern: RegExp | string, label: string): TokenType => createToken({ name, pattern, label, line_breaks: false });
+const token = (name: string, pattern: RegExp | string, label: string): TokenType =>
+  createToken({ name, pattern, label, line_breaks: false });
 const Blank = createToken({ name: "Blank", pattern: /[ \t\r\n]+/, group: Lexer.SKIPPED, line_breaks: true });
 const Comment = createToken({ name: "Comment", pattern: /;[^\r\n]*/, group: Lexer.SKIPPED, line_breaks: false });
 const Text = token("Text", /"(?:[^"\\\r\n]|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*"/, "a string");
@@ -154,9 +167,28 @@ const Open = token("Open", "(", "'('");
 const Close = token("Close", ")", "')'");
 // longer ones first: `by` must not take the beginning of `bytes`
 const word = Object.fromEntries(
-  [...words].sort((a, b) => b.length - a.length).map((w) => [w, createToken({ name: `Word_${w}`, pattern: w, label: `'${w}'`, longer_alt: Name, line_breaks: false })]),
+  [...words]
+    .sort((a, b) => b.length - a.length)
+    .map((w) => [w, createToken({ name: `Word_${w}`, pattern: w, label: `'${w}'`, longer_alt: Name, line_breaks: false })]),
 ) as Record<WordName, TokenType>;
-const tokens = [Blank, Comment, Text, Type, ...Object.values(word), Name, Int, Dots, Arrow, Equals, Comma, Colon, At, Hash, Open, Close];
+const tokens = [
+  Blank,
+  Comment,
+  Text,
+  Type,
+  ...Object.values(word),
+  Name,
+  Int,
+  Dots,
+  Arrow,
+  Equals,
+  Comma,
+  Colon,
+  At,
+  Hash,
+  Open,
+  Close,
+];
 const lexer = new Lexer(tokens, { ensureOptimizations: true, positionTracking: "full" });
 
 const found = (t: IToken | undefined): string =>
@@ -295,7 +327,8 @@ class ScheduleParser extends EmbeddedActionsParser {
     const multiple = this.SUBRULE2(this.int);
     const source = this.CONSUME(Name);
     return this.ACTION(() => {
-      if (source.image !== "host" && source.image !== "device") throw new Blame(`expected 'host' or 'device', found ${found(source)}`, source);
+      if (source.image !== "host" && source.image !== "device")
+        throw new Blame(`expected 'host' or 'device', found ${found(source)}`, source);
       return { name, min, max, multiple, source: source.image };
     });
   });
@@ -368,7 +401,8 @@ class ScheduleParser extends EmbeddedActionsParser {
     this.CONSUME(Arrow);
     const target = this.SUBRULE2(this.anyName);
     return this.ACTION(() => {
-      if (direction.image !== "a2f" && direction.image !== "f2a") throw new Blame(`expected 'a2f' or 'f2a', found ${found(direction)}`, direction);
+      if (direction.image !== "a2f" && direction.image !== "f2a")
+        throw new Blame(`expected 'a2f' or 'f2a', found ${found(direction)}`, direction);
       return { key, direction: direction.image, a, f: numbered(f, "f", "an FFN rank such as f0"), slot, field, source, target };
     });
   });
@@ -425,7 +459,11 @@ class ScheduleParser extends EmbeddedActionsParser {
       const step = this.SUBRULE(this.step);
       steps.push(step);
     });
-    return this.ACTION(() => ({ buffers, steps, memory: Object.fromEntries(regions.map((r) => [r, memory[r] ?? 0])) as RankProgram["memory"] }));
+    return this.ACTION(() => ({
+      buffers,
+      steps,
+      memory: Object.fromEntries(regions.map((r) => [r, memory[r] ?? 0])) as RankProgram["memory"],
+    }));
   });
 
   private readonly region = this.RULE("region", (): Buffer["region"] => {
@@ -482,49 +520,51 @@ class ScheduleParser extends EmbeddedActionsParser {
     return all;
   });
 
-  private readonly step = this.RULE("step", (): Step =>
-    this.OR([
-      { ALT: (): Step => this.SUBRULE(this.launch) },
-      {
-        ALT: (): Step => {
-          this.CONSUME(word.post);
-          const slot = this.SUBRULE(this.slot);
-          const type = this.SUBRULE(this.anyName);
-          const exchange = this.SUBRULE(this.exchangeNumber);
-          const after = this.SUBRULE(this.after);
-          return { op: "post", slot, exchange, type, after };
+  private readonly step = this.RULE(
+    "step",
+    (): Step =>
+      this.OR([
+        { ALT: (): Step => this.SUBRULE(this.launch) },
+        {
+          ALT: (): Step => {
+            this.CONSUME(word.post);
+            const slot = this.SUBRULE(this.slot);
+            const type = this.SUBRULE(this.anyName);
+            const exchange = this.SUBRULE(this.exchangeNumber);
+            const after = this.SUBRULE(this.after);
+            return { op: "post", slot, exchange, type, after };
+          },
         },
-      },
-      {
-        ALT: (): Step => {
-          this.CONSUME(word.wait);
-          const slot = this.SUBRULE1(this.slot);
-          const exchange = this.SUBRULE1(this.exchangeNumber);
-          return { op: "wait", slot, exchange };
+        {
+          ALT: (): Step => {
+            this.CONSUME(word.wait);
+            const slot = this.SUBRULE1(this.slot);
+            const exchange = this.SUBRULE1(this.exchangeNumber);
+            return { op: "wait", slot, exchange };
+          },
         },
-      },
-      {
-        ALT: (): Step => {
-          this.CONSUME(word.accept);
-          const slot = this.SUBRULE2(this.slot);
-          const exchange = this.SUBRULE2(this.exchangeNumber);
-          this.CONSUME(word.from);
-          const from = this.SUBRULE(this.attentionRank);
-          return { op: "accept", slot, exchange, from };
+        {
+          ALT: (): Step => {
+            this.CONSUME(word.accept);
+            const slot = this.SUBRULE2(this.slot);
+            const exchange = this.SUBRULE2(this.exchangeNumber);
+            this.CONSUME(word.from);
+            const from = this.SUBRULE(this.attentionRank);
+            return { op: "accept", slot, exchange, from };
+          },
         },
-      },
-      {
-        ALT: (): Step => {
-          this.CONSUME(word.reply);
-          const slot = this.SUBRULE3(this.slot);
-          const exchange = this.SUBRULE3(this.exchangeNumber);
-          this.CONSUME(word.to);
-          const to = this.SUBRULE1(this.attentionRank);
-          const after = this.SUBRULE1(this.after);
-          return { op: "reply", slot, exchange, to, after };
+        {
+          ALT: (): Step => {
+            this.CONSUME(word.reply);
+            const slot = this.SUBRULE3(this.slot);
+            const exchange = this.SUBRULE3(this.exchangeNumber);
+            this.CONSUME(word.to);
+            const to = this.SUBRULE1(this.attentionRank);
+            const after = this.SUBRULE1(this.after);
+            return { op: "reply", slot, exchange, to, after };
+          },
         },
-      },
-    ]),
+      ]),
   );
 
   private readonly launch = this.RULE("launch", (): Step => {
@@ -550,14 +590,16 @@ const parser = new ScheduleParser();
 export const parseSchedule = (text: string, file = "<text>"): Schedule => {
   const fail = (message: string, line: number | undefined, column: number | undefined): never => {
     const lines = text.trimEnd().split("\n");
-    const at = line === undefined || Number.isNaN(line) ? [lines.length, (lines.at(-1) as string).length + 1] : [line, column ?? 1];
+    const at =
+      line === undefined || Number.isNaN(line) ? [lines.length, (lines.at(-1) as string).length + 1] : [line, column ?? 1];
     throw new UserError(`${file}:${at.join(":")}: ${message}`);
   };
   const { tokens: all, errors } = lexer.tokenize(text);
   const [wrong] = errors;
   if (wrong) {
     const c = text[wrong.offset];
-    const what = c === '"' ? "a string that does not end on its line, or has a bad escape" : `unexpected character ${JSON.stringify(c)}`;
+    const what =
+      c === '"' ? "a string that does not end on its line, or has a bad escape" : `unexpected character ${JSON.stringify(c)}`;
     fail(what, wrong.line, wrong.column);
   }
   try {

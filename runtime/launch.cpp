@@ -42,21 +42,6 @@ void tell(int fd, Frame kind, const std::string &text) {
   writeAll(fd, frame.data(), frame.size());
 }
 
-/// Runs a rank that has opened; the transport learns how it ended.
-int runRank(Engine &engine, const RankWork &work, Report &report) {
-  try {
-    engine.start();
-    report.rank = engine.rank().name();
-    const int code = work(engine, report);
-    engine.leave(nullptr);
-    report.take(engine.stats);
-    return code;
-  } catch (const std::exception &e) {
-    engine.leave(e.what());
-    throw;
-  }
-}
-
 }  // namespace
 
 const s3_device *Launcher::device(RankId rank) const {
@@ -79,36 +64,45 @@ Outcome Launcher::threads(const RankWork &work, const std::vector<RankId> &ranks
       outcome.code = code;
     }
   };
-  const auto guarded = [&](const auto &what) {
+  const auto guarded = [&](const auto &what, Engine *engine) {
+    const auto note = [&](int code, const std::string &why) {
+      failed(code, why);
+      // only now, or a peer that hears of it would seem to be the first
+      if (engine) engine->leave(why.c_str());
+    };
     try {
       what();
     } catch (const Failure &e) {
-      failed(e.code, e.what());
+      note(e.code, e.what());
     } catch (const std::bad_alloc &) {
-      failed(exit_input, "out of memory; use more ranks, or a smaller batch or context");
+      note(exit_input, "out of memory; use more ranks, or a smaller batch or context");
     } catch (const std::exception &e) {
-      failed(exit_internal, say("internal error: ", e.what()));
+      note(exit_internal, say("internal error: ", e.what()));
     }
   };
-  guarded([&] {
-    for (const RankId rank : ranks) {
-      engines.push_back(std::make_unique<Engine>(bundle_, rank, options_.engine, device(rank), options_.transport, &pool));
-      engines.back()->open();
-    }
-  });
+  guarded(
+      [&] {
+        for (const RankId rank : ranks) {
+          engines.push_back(std::make_unique<Engine>(bundle_, rank, options_.engine, device(rank), options_.transport, &pool));
+          engines.back()->open();
+        }
+      },
+      nullptr);
   if (!outcome.error.empty()) return outcome;
   int worst = 0;
   const auto one = [&](std::size_t i) {
-    guarded([&] {
-      try {
-        const int code = runRank(*engines[i], work, reports[i]);
-        const std::lock_guard lock(mutex);
-        worst = std::max(worst, code);
-      } catch (const Failure &e) {
-        failed(e.code, e.what());
-        throw;
-      }
-    });
+    Engine &engine = *engines[i];
+    guarded(
+        [&] {
+          engine.start();
+          reports[i].rank = ranks[i].name();
+          const int code = work(engine, reports[i]);
+          engine.leave(nullptr);
+          reports[i].take(engine.stats);
+          const std::lock_guard lock(mutex);
+          worst = std::max(worst, code);
+        },
+        &engine);
   };
   if (ranks.size() == 1) {
     one(0);

@@ -437,12 +437,15 @@ describe("ranks in processes of their own", () => {
       started[victim]?.child.kill("SIGKILL");
       const results = await Promise.all(started.map((s) => s.done));
       expect(Date.now() - at).toBeLessThan(2000);
-      results.forEach((r, i) => {
-        if (i === victim) return expect(r.signal).toBe("SIGKILL");
+      for (const [i, r] of results.entries()) {
+        if (i === victim) {
+          expect(r.signal).toBe("SIGKILL");
+          continue;
+        }
         expect(r.code).toBe(3);
         expect(r.stderr).toMatch(/rank [af][01] \(process \d+\) (ended unexpectedly|failed)/);
         expect(r.stderr.trim().split("\n")).toHaveLength(1);
-      });
+      }
       expect(readdirSync("/dev/shm")).toEqual(before);
     });
 
@@ -498,31 +501,38 @@ describe("ranks in processes of their own", () => {
 // --- contracts -----------------------------------------------------------------------------------------------------------------------
 
 type Mutable<T> = { -readonly [K in keyof T]: T[K] extends object ? Mutable<T[K]> : T[K] };
-/** Spoils the steps of one rank in every schedule; `edit` gets a list whose `after` numbers are kept right. */
+/** Spoils the steps of one rank in every schedule; the `after` numbers follow the steps that they mean. */
 const editSteps =
-  (rank: string, edit: (steps: Step[], insert: (at: number, step: Step) => void) => Step[] | void) =>
+  (rank: string, edit: (steps: readonly Step[]) => readonly Step[]) =>
   (bundle: Bundle): void => {
     bundle.schedules = bundle.schedules.map((s): Schedule => {
       const programs = s.programs.map((p): RankProgram => {
         if (p.rank.name !== rank) return p;
-        // steps carry their targets as objects while they move
-        const steps = p.steps.map((step) => ({ ...step }));
-        const targets = new Map(
-          steps.map((step) => ["after" in step ? step : undefined, "after" in step ? steps[step.after] : undefined]),
-        );
-        const insert = (at: number, step: Step): void => void steps.splice(at, 0, { ...step });
-        const edited = edit(steps, insert) ?? steps;
-        const fixed = edited.map((step): Step => {
+        const edited = edit(p.steps);
+        const steps = edited.map((step, i): Step => {
           if (!("after" in step)) return step;
-          const target = targets.get(step as never);
-          const at = target ? edited.indexOf(target as Step) : -1;
-          return { ...step, after: at >= 0 && at < edited.indexOf(step) ? at : -1 };
+          const at = edited.indexOf(p.steps[step.after] as Step);
+          return { ...step, after: at < i ? at : -1 };
         });
-        return { ...p, steps: fixed };
+        return { ...p, steps };
       });
       return { ...s, programs };
     });
   };
+const inserted = (steps: readonly Step[], at: number, step: Step): Step[] => [...steps.slice(0, at), step, ...steps.slice(at)];
+const moved = (steps: readonly Step[], from: number, to: number): Step[] => {
+  const list = [...steps];
+  list.splice(to, 0, ...list.splice(from, 1));
+  return list;
+};
+const launch = (slot: number, kernel: string, inputs: string[], out: string[]): Step => ({
+  op: "launch",
+  kernel,
+  in: inputs,
+  out,
+  rows: `head${slot}`,
+  slot,
+});
 const find = (steps: readonly Step[], op: Step["op"], slot: number, exchange: number, peer?: number): number =>
   steps.findIndex(
     (s) =>
@@ -539,25 +549,14 @@ describe("--strict", () => {
       "K1: a launch writes a push source in flight",
       "K1",
       {},
-      editSteps("a0", (steps, insert) =>
-        insert(find(steps, "post", 1, 0) + 1, {
-          op: "launch",
-          kernel: "copy",
-          in: ["x1"],
-          out: ["tok1"],
-          rows: "head1",
-          slot: 1,
-        }),
-      ),
+      editSteps("a0", (steps) => inserted(steps, find(steps, "post", 1, 0) + 1, launch(1, "copy", ["x1"], ["tok1"]))),
       /slot 1, step \d+ \(launch copy\): writes push source 'tok1' while exchange 0, posted by step \d+, is in flight/,
     ],
     [
       "K1: a kernel writes a push source that it should only read",
       "K1",
       {},
-      editSteps("a0", (steps, insert) =>
-        insert(find(steps, "post", 1, 0) + 1, { op: "launch", kernel: "stray", in: ["tok1"], out: [], rows: "head1", slot: 1 }),
-      ),
+      editSteps("a0", (steps) => inserted(steps, find(steps, "post", 1, 0) + 1, launch(1, "stray", ["tok1"], []))),
       /slot 1, step \d+ \(wait\): buffer 'tok1' changed while exchange 0, posted by step \d+, was in flight/,
     ],
     [
@@ -577,42 +576,28 @@ describe("--strict", () => {
       "K2: an FFN rank reads a receive slot after its reply",
       "K2",
       {},
-      editSteps("f0", (steps) => {
-        const reply = find(steps, "reply", 2, 0);
-        const [launch] = steps.splice(reply - 1, 1);
-        steps.splice(reply, 0, launch as Step);
-      }),
+      editSteps("f0", (steps) => moved(steps, find(steps, "reply", 2, 0), find(steps, "reply", 2, 0) - 1)),
       /slot 2, step \d+ \(launch experts\): reads receive slot 'tok2', which holds nothing from rank a0 that was not replied to/,
     ],
     [
       "K2: a receive slot changes before it was replied to",
       "K2",
       {},
-      editSteps("f0", (steps, insert) =>
-        insert(find(steps, "reply", 2, 0), { op: "launch", kernel: "stray", in: ["tok2"], out: [], rows: "head2", slot: 2 }),
-      ),
+      editSteps("f0", (steps) => inserted(steps, find(steps, "reply", 2, 0), launch(2, "stray", ["tok2"], []))),
       /slot 2, step \d+ \(reply\): buffer 'tok2' was overwritten before the exchange that rank a0 pushed was replied to/,
     ],
     [
       "K4: a launch does not wait for all attention ranks",
       "K4",
       { attention: 2 },
-      editSteps("f0", (steps) => {
-        const accept = find(steps, "accept", 1, 0, 1);
-        const [late] = steps.splice(accept, 1);
-        steps.splice(accept + 1, 0, late as Step);
-      }),
+      editSteps("f0", (steps) => moved(steps, find(steps, "accept", 1, 0, 1), find(steps, "accept", 1, 0, 1) + 1)),
       /slot 1, step \d+ \(launch experts\): reads receive slot 'tok1' before rank a1's push has been accepted/,
     ],
     [
       "K5: replies are read before the wait",
       "K5",
       {},
-      editSteps("a0", (steps) => {
-        const wait = find(steps, "wait", 1, 0);
-        const [late] = steps.splice(wait, 1);
-        steps.splice(wait + 1, 0, late as Step);
-      }),
+      editSteps("a0", (steps) => moved(steps, find(steps, "wait", 1, 0), find(steps, "wait", 1, 0) + 1)),
       /slot 1, step \d+ \(launch merge1\): reads 'back1.0' before the wait for exchange 0, posted by step \d+/,
     ],
     [
@@ -633,19 +618,16 @@ describe("--strict", () => {
       "K6: a reply buffer is written before the slot's next push",
       "K6",
       {},
-      editSteps("f0", (steps) => {
-        const launch = find(steps, "accept", 0, 1) + 1;
-        (steps[launch] as Mutable<Step & { op: "launch" }>).out = ["back1"];
-      }),
+      editSteps("f0", (steps) =>
+        steps.map((s, i) => (s.op === "launch" && i === find(steps, "accept", 0, 1) + 1 ? { ...s, out: ["back1"] } : s)),
+      ),
       /slot 1, step \d+ \(launch dense\): writes reply buffer 'back1' before the next push from rank a0 has been accepted/,
     ],
     [
       "K6: a reply buffer changes before the slot's next push",
       "K6",
       {},
-      editSteps("f0", (steps, insert) =>
-        insert(find(steps, "reply", 0, 0) + 1, { op: "launch", kernel: "stray", in: ["back0"], out: [], rows: "head0", slot: 0 }),
-      ),
+      editSteps("f0", (steps) => inserted(steps, find(steps, "reply", 0, 0) + 1, launch(0, "stray", ["back0"], []))),
       /slot 0, step \d+ \(accept\): buffer 'back0' changed after the reply to rank a0 and before its next push/,
     ],
   ];

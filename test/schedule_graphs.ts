@@ -98,7 +98,9 @@ export const layeredGraph = (shape: Shape): Graph => {
     const sent = [...emit("quantise", [h2], { [n("tok")]: type("e4m3", "T", hidden), [n("scl")]: f32(hidden / 128) })];
     if (shape.isMoe(i)) {
       const p = one("fused", [h2, weight(n("gate"), "bf16", experts, hidden)], { [n("p")]: f32(experts) });
-      const [wgt, ids] = emit("topk", [p], { [n("wgt")]: f32(topK), [n("ids")]: type("i32", "T", topK) }, "attention", { k: topK });
+      const [wgt, ids] = emit("topk", [p], { [n("wgt")]: f32(topK), [n("ids")]: type("i32", "T", topK) }, "attention", {
+        k: topK,
+      });
       sent.push(ids as Value, wgt as Value);
     }
     if (ffn === 0) {
@@ -119,7 +121,12 @@ export const layeredGraph = (shape: Shape): Graph => {
           { [m(`${part}a`)]: type("e4m3", "T", columns), [m(`${part}as`)]: f32(columns / 64) },
           place,
         );
-        return one("scaled_linear", [...a, w("d", hidden, columns)], { [m(`${part}y`)]: part === "" ? bf16(hidden) : f32(hidden) }, place);
+        return one(
+          "scaled_linear",
+          [...a, w("d", hidden, columns)],
+          { [m(`${part}y`)]: part === "" ? bf16(hidden) : f32(hidden) },
+          place,
+        );
       };
       if (!ids || !wgt) return mlp("", inner);
       const place: Place = `ffn${f}`;
@@ -128,10 +135,28 @@ export const layeredGraph = (shape: Shape): Graph => {
       const count = Math.floor((f + 1) * own) - Math.floor(f * own);
       const pairs = (dtype: DType, columns: number): TensorType => type(dtype, `${topK}*T`, columns);
       const w = (name: string, rows: number, cols: number): Value => weight(m(`we${name}`), "e4m3", count, rows, cols);
-      const g = one("scaled_grouped_linear", [tok, scl, w("g", inner, hidden), ids] as Value[], { [m("eg")]: pairs("f32", inner) }, place, attrs);
-      const u = one("scaled_grouped_linear", [tok, scl, w("u", inner, hidden), ids] as Value[], { [m("eu")]: pairs("f32", inner) }, place, attrs);
+      const g = one(
+        "scaled_grouped_linear",
+        [tok, scl, w("g", inner, hidden), ids] as Value[],
+        { [m("eg")]: pairs("f32", inner) },
+        place,
+        attrs,
+      );
+      const u = one(
+        "scaled_grouped_linear",
+        [tok, scl, w("u", inner, hidden), ids] as Value[],
+        { [m("eu")]: pairs("f32", inner) },
+        place,
+        attrs,
+      );
       const a = emit("fused", [g, u], { [m("ea")]: pairs("e4m3", inner), [m("eas")]: pairs("f32", inner / 64) }, place);
-      const d = one("scaled_grouped_linear", [...a, w("d", hidden, inner), ids], { [m("ed")]: pairs("f32", hidden) }, place, attrs);
+      const d = one(
+        "scaled_grouped_linear",
+        [...a, w("d", hidden, inner), ids],
+        { [m("ed")]: pairs("f32", hidden) },
+        place,
+        attrs,
+      );
       const shared = mlp("s", inner);
       return one("fused", [d, ids, wgt, shared], { [m("y")]: bf16(hidden) }, place);
     });
@@ -176,9 +201,14 @@ export interface Ranks {
 }
 
 /** Schedules a graph for its FFN ranks, with made-up kernel names and weight sizes. */
-export const scheduleOf = (graph: Graph, { attention, microBatches, maxRows = 8, name = "decode", weightBytes }: Ranks): Schedule => {
+export const scheduleOf = (
+  graph: Graph,
+  { attention, microBatches, maxRows = 8, name = "decode", weightBytes }: Ranks,
+): Schedule => {
   const ffn = graph.ops.reduce((n, op) => Math.max(n, op.place?.startsWith("ffn") ? Number(op.place.slice(3)) + 1 : 0), 0);
-  const bytes = new Map(graph.weights.map(({ value }) => [value.name, value.type.shape.reduce((n: number, d) => n * Number(d), 1) + 1]));
+  const bytes = new Map(
+    graph.weights.map(({ value }) => [value.name, value.type.shape.reduce((n: number, d) => n * Number(d), 1) + 1]),
+  );
   const made = schedule(graph, {
     name,
     index: name === "prefill" ? 0 : 1,

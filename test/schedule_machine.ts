@@ -22,7 +22,13 @@ interface Message {
   readonly from: Rank;
   readonly to: Rank;
   /** pieces: copy `bytes` from one place to another */
-  readonly pieces: { readonly source: Buffer; readonly target: Buffer; readonly read: number; readonly write: number; readonly bytes: number }[];
+  readonly pieces: {
+    readonly source: Buffer;
+    readonly target: Buffer;
+    readonly read: number;
+    readonly write: number;
+    readonly bytes: number;
+  }[];
   /** launches of the sender that must be done */
   readonly after: number;
   done: number;
@@ -141,7 +147,11 @@ class Machine {
         if (rank.queue.length > 0) actions.push({ weight: weight(`device ${name}`), act: () => this.execute(rank) });
       }
       for (const m of this.messages)
-        if (m.from.completed >= m.after) actions.push({ weight: weight(`net ${m.from.program.rank.name} ${m.to.program.rank.name}`), act: () => this.travel(m) });
+        if (m.from.completed >= m.after)
+          actions.push({
+            weight: weight(`net ${m.from.program.rank.name} ${m.to.program.rank.name}`),
+            act: () => this.travel(m),
+          });
       if (actions.length === 0) break;
       let pick = this.random() * actions.reduce((sum, a) => sum + a.weight, 0);
       for (const a of actions) {
@@ -151,9 +161,11 @@ class Machine {
         break;
       }
     }
-    for (const rank of this.ranks) if (rank.round < rounds) fault(`${rank.program.rank.name} stands at step ${rank.at} of round ${rank.round}`);
+    for (const rank of this.ranks)
+      if (rank.round < rounds) fault(`${rank.program.rank.name} stands at step ${rank.at} of round ${rank.round}`);
     for (const [slot] of this.posted) fault(`slot ${slot} is not free at the end`);
-    for (const [key, list] of this.sends) if (list.join() !== (this.receives.get(key) ?? []).join()) fault(`${key}: sent and received in different orders`);
+    for (const [key, list] of this.sends)
+      if (list.join() !== (this.receives.get(key) ?? []).join()) fault(`${key}: sent and received in different orders`);
     const exchanges = this.schedule.exchanges.length * this.schedule.slots * rounds;
     for (const list of this.sends.values()) if (list.length !== exchanges) fault(`${list.length} of ${exchanges} exchanges`);
     return this.ranks.map((r) => r.outputs.join("\n")).join("\n\n");
@@ -165,7 +177,14 @@ class Machine {
     if (rank.program.rank.role !== "attention") return;
     for (const b of rank.program.buffers) {
       const host = b.region === "input" || (b.region === "exchange" && b.name.startsWith("head"));
-      if (host) this.fill(rank, b, this.contents.of(`input ${b.binds ?? "head"} s${b.slot} round ${rank.round} ${rank.program.rank.name}`), 0, b.bytes);
+      if (host)
+        this.fill(
+          rank,
+          b,
+          this.contents.of(`input ${b.binds ?? "head"} s${b.slot} round ${rank.round} ${rank.program.rank.name}`),
+          0,
+          b.bytes,
+        );
     }
   }
 
@@ -197,7 +216,8 @@ class Machine {
   private step(rank: Rank, rounds: number): void {
     const { steps, rank: self } = rank.program;
     if (rank.at >= steps.length) {
-      for (const b of rank.program.buffers) if (b.region === "output") rank.outputs.push(`${self.name} ${b.name}: ${this.contentsOf(rank, b).join(" ")}`);
+      for (const b of rank.program.buffers)
+        if (b.region === "output") rank.outputs.push(`${self.name} ${b.name}: ${this.contentsOf(rank, b).join(" ")}`);
       rank.round++;
       if (rank.round < rounds) this.begin(rank);
       return;
@@ -227,18 +247,21 @@ class Machine {
         });
       }
     } else if (step.op === "wait") {
-      if (this.posted.get(`${self.name} ${slot}`) !== exchange) fault(`${self.name} waits for s${slot} #${exchange}, which is not posted`);
+      if (this.posted.get(`${self.name} ${slot}`) !== exchange)
+        fault(`${self.name} waits for s${slot} #${exchange}, which is not posted`);
       this.posted.delete(`${self.name} ${slot}`);
       for (const f of this.side("ffn")) log(this.receives, f.program.rank.name, self.name);
     } else if (step.op === "accept") {
       const key = `${self.name} a${step.from} ${slot}`;
-      if (this.arrived.get(`a${step.from} ${self.name} ${slot}`) !== sequence) fault(`${self.name} accepts s${slot} #${exchange} too late`);
+      if (this.arrived.get(`a${step.from} ${self.name} ${slot}`) !== sequence)
+        fault(`${self.name} accepts s${slot} #${exchange} too late`);
       if (this.taken.has(key)) fault(`${self.name} accepts s${slot} from a${step.from} twice`);
       this.taken.set(key, exchange);
       log(this.receives, `a${step.from}`, self.name);
     } else {
       const key = `${self.name} a${step.to} ${slot}`;
-      if (this.taken.get(key) !== exchange) fault(`${self.name} replies to s${slot} #${exchange} of a${step.to}, which it did not accept`);
+      if (this.taken.get(key) !== exchange)
+        fault(`${self.name} replies to s${slot} #${exchange} of a${step.to}, which it did not accept`);
       this.taken.delete(key);
       log(this.sends, self.name, `a${step.to}`);
       const to = this.ranks.find((r) => r.program.rank.name === `a${step.to}`) as Rank;
@@ -248,7 +271,15 @@ class Machine {
     }
   }
 
-  private send(from: Rank, to: Rank, direction: "a2f" | "f2a", slot: number, exchange: number, after: number | undefined, arrived: () => void): void {
+  private send(
+    from: Rank,
+    to: Rank,
+    direction: "a2f" | "f2a",
+    slot: number,
+    exchange: number,
+    after: number | undefined,
+    arrived: () => void,
+  ): void {
     if (after === undefined) return fault(`${from.program.rank.name} sends after a launch that it has not issued`);
     const a = direction === "a2f" ? from : to;
     const f = direction === "a2f" ? to : from;
@@ -257,14 +288,20 @@ class Machine {
     const pieces: Message["pieces"] = [];
     for (const field of fields) {
       const key = this.schedule.keys.find(
-        (k) => k.direction === direction && k.a === a.program.rank.index && k.f === f.program.rank.index && k.slot === slot && k.field === field.name,
+        (k) =>
+          k.direction === direction &&
+          k.a === a.program.rank.index &&
+          k.f === f.program.rank.index &&
+          k.slot === slot &&
+          k.field === field.name,
       );
       if (!key) return fault(`${field.name} has no key`);
       const source = from.byName.get(key.source);
       const target = to.byName.get(key.target);
       if (!source || !target) return fault(`key ${key.key} names no buffer`);
       const segment = (b: Buffer, rank: Rank): number => (rank === f ? a.program.rank.index : 0) * (b.bytes / b.segments);
-      if (source.bytes / source.segments !== field.bytes || target.bytes / target.segments !== field.bytes) fault(`lengths of ${field.name} differ`);
+      if (source.bytes / source.segments !== field.bytes || target.bytes / target.segments !== field.bytes)
+        fault(`lengths of ${field.name} differ`);
       const half = Math.floor(field.bytes / 8) * 4;
       for (const [start, bytes] of [
         [0, half],
@@ -297,7 +334,8 @@ class Machine {
       const b = this.buffer(rank, name);
       if (b.region === "state") return `${this.contentsOf(rank, b).join(" ")} ${rank.kv.get(`${name} ${step.slot}`) ?? ""}`;
       for (const m of this.messages)
-        if (m.to === rank && m.pieces.some((p, i) => i >= m.done && p.target === b)) fault(`${rank.program.rank.name} reads ${name} while it arrives`);
+        if (m.to === rank && m.pieces.some((p, i) => i >= m.done && p.target === b))
+          fault(`${rank.program.rank.name} reads ${name} while it arrives`);
       return this.contentsOf(rank, b).join(" ");
     });
     for (const [i, name] of [...step.out, ...(step.inout ?? [])].entries()) {
@@ -307,7 +345,8 @@ class Machine {
         rank.kv.set(`${name} ${step.slot}`, this.contents.of(result));
         continue;
       }
-      if (b.region !== "scratch" && b.region !== "exchange" && b.region !== "output") fault(`${rank.program.rank.name} writes ${name}`);
+      if (b.region !== "scratch" && b.region !== "exchange" && b.region !== "output")
+        fault(`${rank.program.rank.name} writes ${name}`);
       for (const m of this.messages)
         if (
           (m.from === rank && number > m.after && m.pieces.some((p, k) => k >= m.done && p.source === b)) ||

@@ -123,18 +123,40 @@ const makers: Readonly<Record<MutantKind, (s: Schedule) => Made>> = {
         const h = groups[i + 1];
         if (!h || h.slot === g.slot || !p.steps.slice(h.from, h.to).some((x) => x.op !== "launch")) continue;
         if (s.exchanges.length === 0) continue;
-        yield [`${p.rank.name} steps ${h.from}.. before ${g.from}..`, withProgram(s, r, { steps: move(p.steps, h.from, h.to, g.from) })];
-        const replies = (x: { from: number; to: number }): number[] => all(p.steps).slice(x.from, x.to).filter((k) => p.steps[k]?.op === "reply");
-        const accepts = (x: { from: number; to: number }): number[] => all(p.steps).slice(x.from, x.to).filter((k) => p.steps[k]?.op === "accept");
+        yield [
+          `${p.rank.name} steps ${h.from}.. before ${g.from}..`,
+          withProgram(s, r, { steps: move(p.steps, h.from, h.to, g.from) }),
+        ];
+        const replies = (x: { from: number; to: number }): number[] =>
+          all(p.steps)
+            .slice(x.from, x.to)
+            .filter((k) => p.steps[k]?.op === "reply");
+        const accepts = (x: { from: number; to: number }): number[] =>
+          all(p.steps)
+            .slice(x.from, x.to)
+            .filter((k) => p.steps[k]?.op === "accept");
         const [mine, theirs] = [replies(g), accepts(h)];
-        if (mine.length > 0) yield [`${p.rank.name} replies ${mine[0]}.. after ${h.to}`, withProgram(s, r, { steps: move(p.steps, mine[0] as number, g.to, h.to) })];
+        if (mine.length > 0)
+          yield [
+            `${p.rank.name} replies ${mine[0]}.. after ${h.to}`,
+            withProgram(s, r, { steps: move(p.steps, mine[0] as number, g.to, h.to) }),
+          ];
         if (theirs.length > 0)
-          yield [`${p.rank.name} accepts ${theirs[0]}.. before ${g.from}`, withProgram(s, r, { steps: move(p.steps, h.from, h.from + theirs.length, g.from) })];
+          yield [
+            `${p.rank.name} accepts ${theirs[0]}.. before ${g.from}`,
+            withProgram(s, r, { steps: move(p.steps, h.from, h.from + theirs.length, g.from) }),
+          ];
       }
       for (let slot = 0; slot < s.slots; slot++)
         for (let e = 0; e + 1 < s.exchanges.length; e++) {
           const swap = (x: Step): Step =>
-            x.op === "launch" || x.slot !== slot ? x : x.exchange === e ? { ...x, exchange: e + 1 } : x.exchange === e + 1 ? { ...x, exchange: e } : x;
+            x.op === "launch" || x.slot !== slot
+              ? x
+              : x.exchange === e
+                ? { ...x, exchange: e + 1 }
+                : x.exchange === e + 1
+                  ? { ...x, exchange: e }
+                  : x;
           yield [`${p.rank.name} s${slot} #${e} and #${e + 1}`, withProgram(s, r, { steps: p.steps.map(swap) })];
         }
     }
@@ -155,10 +177,15 @@ const makers: Readonly<Record<MutantKind, (s: Schedule) => Made>> = {
       const r = s.programs.findIndex((p) => p.rank.name === (key.direction === "a2f" ? `a${key.a}` : `f${key.f}`));
       for (const b of (s.programs[r] as RankProgram).buffers)
         if (b.region === "exchange" && b.name !== key.source)
-          yield [`key ${key.key} of f${key.f}: ${b.name}`, { ...s, keys: s.keys.map((x, i): Key => (i === k ? { ...x, source: b.name } : x)) }];
+          yield [
+            `key ${key.key} of f${key.f}: ${b.name}`,
+            { ...s, keys: s.keys.map((x, i): Key => (i === k ? { ...x, source: b.name } : x)) },
+          ];
     }
     for (const [r, plain] of s.programs.entries()) {
-      const sources = new Set(s.keys.filter((k) => (k.direction === "a2f" ? `a${k.a}` : `f${k.f}`) === plain.rank.name).map((k) => k.source));
+      const sources = new Set(
+        s.keys.filter((k) => (k.direction === "a2f" ? `a${k.a}` : `f${k.f}`) === plain.rank.name).map((k) => k.source),
+      );
       let top = plain.memory.scratch;
       const twins = plain.buffers
         .filter((b) => sources.has(b.name))
@@ -192,7 +219,11 @@ const makers: Readonly<Record<MutantKind, (s: Schedule) => Made>> = {
         for (const sign of [1, -1])
           for (const shaped of [false, true]) {
             const first = isRows ? `T${sign > 0 ? "+" : "-"}1` : Number(b.shape[0]) + sign;
-            const changed: Buffer = { ...b, bytes: b.bytes + sign * row * b.segments, ...(shaped ? { shape: [first, ...b.shape.slice(1)] } : {}) };
+            const changed: Buffer = {
+              ...b,
+              bytes: b.bytes + sign * row * b.segments,
+              ...(shaped ? { shape: [first, ...b.shape.slice(1)] } : {}),
+            };
             const buffers = p.buffers.slice();
             buffers[i] = changed;
             yield [`${p.rank.name} ${b.name} ${sign}${shaped ? " shape" : ""}`, withProgram(s, r, { buffers })];
@@ -207,7 +238,10 @@ const makers: Readonly<Record<MutantKind, (s: Schedule) => Made>> = {
             const shape = [isRows ? `T${sign > 0 ? "+" : "-"}1` : Number(f.shape[0]) + sign, ...f.shape.slice(1)];
             const field = { ...f, shape, bytes: f.bytes + sign * row };
             const list = type[way].map((x, k) => (k === i ? field : x));
-            yield [`exchange ${type.name} ${f.name} ${sign}`, { ...s, types: s.types.map((x, k) => (k === t ? { ...type, [way]: list } : x)) }];
+            yield [
+              `exchange ${type.name} ${f.name} ${sign}`,
+              { ...s, types: s.types.map((x, k) => (k === t ? { ...type, [way]: list } : x)) },
+            ];
           }
   },
 
@@ -227,7 +261,8 @@ const makers: Readonly<Record<MutantKind, (s: Schedule) => Made>> = {
       });
       for (const [id, b] of p.buffers.entries()) {
         const before = p.buffers[id - 1];
-        if (b.region !== "scratch" && before?.region === b.region) yield [`${p.rank.name} ${b.name} on ${before.name}`, moved(id, before.offset)];
+        if (b.region !== "scratch" && before?.region === b.region)
+          yield [`${p.rank.name} ${b.name} on ${before.name}`, moved(id, before.offset)];
       }
       for (const [at, step] of p.steps.entries())
         if (step.op === "launch")
@@ -240,7 +275,8 @@ const makers: Readonly<Record<MutantKind, (s: Schedule) => Made>> = {
       const ranges = [...live.values()].sort((a, b) => a.from - b.from);
       for (const [i, late] of ranges.entries())
         for (const early of ranges.slice(Math.max(0, i - 200), i))
-          if (early.to >= late.from) yield [`${p.rank.name} ${p.buffers[late.id]?.name} on ${p.buffers[early.id]?.name}`, moved(late.id, early.offset)];
+          if (early.to >= late.from)
+            yield [`${p.rank.name} ${p.buffers[late.id]?.name} on ${p.buffers[early.id]?.name}`, moved(late.id, early.offset)];
     }
   },
 
@@ -261,10 +297,7 @@ const makers: Readonly<Record<MutantKind, (s: Schedule) => Made>> = {
       const buffers = p.buffers.map((b): Buffer => (b.slot === gone ? { ...b, slot: gone - 1 } : b));
       yield [`${p.rank.name} all steps`, withProgram(s, r, { steps })];
       yield [`${p.rank.name} all steps and buffers`, withProgram(s, r, { steps, buffers })];
-      yield [
-        `${p.rank.name} all steps, slot left out`,
-        withProgram(s, r, { steps: without(p.steps, (x) => x.slot === gone) }),
-      ];
+      yield [`${p.rank.name} all steps, slot left out`, withProgram(s, r, { steps: without(p.steps, (x) => x.slot === gone) })];
     }
   },
 
@@ -279,12 +312,17 @@ const makers: Readonly<Record<MutantKind, (s: Schedule) => Made>> = {
       }
       for (let e = 0; e < s.exchanges.length; e++) {
         yield [`${p.rank.name} #${e}`, withProgram(s, r, { steps: without(p.steps, (_, i) => owner[i] === e) })];
-        const later = without(p.steps, (_, i) => owner[i] === e).map((x): Step => (x.op !== "launch" && x.exchange > e ? { ...x, exchange: x.exchange - 1 } : x));
+        const later = without(p.steps, (_, i) => owner[i] === e).map(
+          (x): Step => (x.op !== "launch" && x.exchange > e ? { ...x, exchange: x.exchange - 1 } : x),
+        );
         yield [`${p.rank.name} #${e}, others renumbered`, withProgram(s, r, { steps: later })];
         for (let slot = 0; slot < s.slots; slot++) {
           const mine = (x: Step, i: number): boolean => owner[i] === e && x.slot === slot;
           yield [`${p.rank.name} s${slot} #${e}`, withProgram(s, r, { steps: without(p.steps, mine) })];
-          yield [`${p.rank.name} s${slot} #${e} launches`, withProgram(s, r, { steps: without(p.steps, (x, i) => mine(x, i) && x.op === "launch") })];
+          yield [
+            `${p.rank.name} s${slot} #${e} launches`,
+            withProgram(s, r, { steps: without(p.steps, (x, i) => mine(x, i) && x.op === "launch") }),
+          ];
         }
       }
     }
@@ -303,23 +341,31 @@ const makers: Readonly<Record<MutantKind, (s: Schedule) => Made>> = {
             for (const [f, ffn] of ranksOf(s, "ffn")) {
               const reply = find(ffn.steps, "reply", first, e, a);
               const accept = find(ffn.steps, "accept", second, e, a);
-              yield [`a${a} f${f - ranksOf(s, "attention").length} s${first} s${second} #${e}`, withProgram(early, f, { steps: move(ffn.steps, reply, reply + 1, accept + 1) })];
+              yield [
+                `a${a} f${f - ranksOf(s, "attention").length} s${first} s${second} #${e}`,
+                withProgram(early, f, { steps: move(ffn.steps, reply, reply + 1, accept + 1) }),
+              ];
             }
           }
   },
 
   /** posts that are missing, accepts and waits that come twice, exchanges that nobody posts, keys that are missing */
   *"receive that nothing fills"(s) {
-    for (const k of s.keys.keys()) yield [`key ${s.keys[k]?.key} of f${s.keys[k]?.f}`, { ...s, keys: s.keys.filter((_, i) => i !== k) }];
+    for (const k of s.keys.keys())
+      yield [`key ${s.keys[k]?.key} of f${s.keys[k]?.f}`, { ...s, keys: s.keys.filter((_, i) => i !== k) }];
     for (const [r, p] of s.programs.entries())
       for (const [at, step] of p.steps.entries()) {
-        if (step.op === "post") yield [`${stepName(p, at)} missing`, withProgram(s, r, { steps: without(p.steps, (_, i) => i === at) })];
+        if (step.op === "post")
+          yield [`${stepName(p, at)} missing`, withProgram(s, r, { steps: without(p.steps, (_, i) => i === at) })];
         if (step.op !== "accept" && step.op !== "wait") continue;
         const order = all(p.steps);
         order.splice(at + 1, 0, -1);
         yield [`${stepName(p, at)} twice`, withProgram(s, r, { steps: reorder(p.steps, order, [step]) })];
         if (step.exchange + 1 === s.exchanges.length)
-          yield [`${stepName(p, at)} once more at the end`, withProgram(s, r, { steps: [...p.steps, { ...step, exchange: s.exchanges.length }] })];
+          yield [
+            `${stepName(p, at)} once more at the end`,
+            withProgram(s, r, { steps: [...p.steps, { ...step, exchange: s.exchanges.length }] }),
+          ];
       }
   },
 
@@ -354,7 +400,10 @@ export const randomEdit = (s: Schedule, random: () => number): readonly [site: s
   switch (below(8)) {
     case 0: {
       const to = Math.max(0, Math.min(steps.length, at + below(9) - 4));
-      return [`${stepName(p, at)} before ${to}`, withProgram(s, r, { steps: move(steps, at, at + 1, to > at ? Math.max(to, at + 1) : to) })];
+      return [
+        `${stepName(p, at)} before ${to}`,
+        withProgram(s, r, { steps: move(steps, at, at + 1, to > at ? Math.max(to, at + 1) : to) }),
+      ];
     }
     case 1:
       return [`${stepName(p, at)} dropped`, withProgram(s, r, { steps: without(steps, (_, i) => i === at) })];

@@ -1,6 +1,6 @@
 /** The files of a program: kernels, their table, what chooses among instruction sets, and how CMake builds it all. */
 
-import type { ProgramSource, RenderedKernel } from "../backend.ts";
+import type { ProgramSource } from "../backend.ts";
 import { loadTemplate, loadText, type Template } from "../template.ts";
 
 /**
@@ -18,36 +18,47 @@ const isas: readonly { readonly name: string; readonly flags: string; readonly e
   { name: "baseline", flags: "-march=x86-64", emulated: "" },
 ];
 
-/** In the order in which they include one another. */
-const headers: readonly string[] = ["simd.h", "scalar.h", "rows.h", "choose.h", "panels.h", "contract.h", "attention.h"];
+const headers: readonly string[] = ["formats.h", "scalar.h", "rows.h", "choose.h", "simd.h", "panels.h", "contract.h", "attention.h"];
 
 const part = (name: string): Template => loadTemplate(new URL(`./program/${name}.hbs`, import.meta.url));
 const cmake = part("CMakeLists.txt");
-const kernelsHeader = part("kernels.h");
 const unit = part("unit.cpp");
 const table = part("table.cpp");
 const dispatch = part("program.cpp");
 
-/** Files are compiled side by side: a few of them keep several cores busy, many would read the headers again and again. */
-const kernelsInUnit = 6;
-const mostUnits = 8;
+/**
+ * Files of kernels are compiled side by side. Kernels of plain loops (their text begins with the headers they need) are quick to compile;
+ * the others take the intrinsics of a processor, and several seconds each. More files than these would only read the headers again.
+ */
+const kinds = [
+  { name: "rows", inFile: 12, mostFiles: 8 },
+  { name: "kernels", inFile: 4, mostFiles: 8 },
+] as const;
+
+/** The header lines that a text begins with, and the rest. */
+const splitHeaders = (text: string): { readonly own: readonly string[]; readonly rest: string } => {
+  const lines = /^(?:#include "[^"]+"\n)*/.exec(text)?.[0] ?? "";
+  return { own: [...lines.matchAll(/"([^"]+)"/g)].map((m) => m[1] as string), rest: text.slice(lines.length) };
+};
 
 export const assemble = (program: ProgramSource): ReadonlyMap<string, string> => {
-  const kernels = program.kernels.map(({ name, text, scratch }) => ({ name, text, scratch }));
-  const units: RenderedKernel[][] = [];
-  const count = Math.min(mostUnits, Math.max(1, Math.ceil(program.kernels.length / kernelsInUnit)));
-  // dealt out in turn, so that kernels of one kind, which take the compiler equally long, spread over the files
-  for (const [i, kernel] of program.kernels.entries()) (units[i % count] ??= []).push(kernel);
-  const unitFiles = units.map((_, i) => `kernels_${i}.cpp`);
+  const kernels = program.kernels.map(({ name, scratch }) => ({ name, scratch }));
+  const texts = program.kernels.map((k) => splitHeaders(k.text));
+  const files = kinds.flatMap(({ name, inFile, mostFiles }) => {
+    const own = texts.filter((t) => t.own.length > 0 === (name === "rows"));
+    const count = Math.min(mostFiles, Math.ceil(own.length / inFile));
+    // dealt out in turn, so that kernels of one kind, which take the compiler equally long, spread over the files
+    return Array.from({ length: count }, (_, i): [string, string] => {
+      const dealt = own.filter((_, n) => n % count === i);
+      const needed = headers.filter((h) => name === "kernels" || dealt.some((t) => t.own.includes(h)));
+      return [`${name}_${i}.cpp`, unit({ headers: needed, kernels: dealt.map((t) => t.rest) })];
+    });
+  });
   return new Map([
-    ["CMakeLists.txt", cmake({ role: program.role, units: unitFiles, isas })],
+    ["CMakeLists.txt", cmake({ role: program.role, files: files.map(([name]) => name), isas })],
     ["program.cpp", dispatch({ isas, count: kernels.length })],
     ["table.cpp", table({ kernels })],
-    ["kernels.h", kernelsHeader({ headers })],
-    ...units.map((own, i): [string, string] => [
-      unitFiles[i] as string,
-      unit({ kernels: own.map(({ text }) => ({ text })) }),
-    ]),
+    ...files,
     ["step3.h", loadText(new URL("../../runtime/step3.h", import.meta.url))],
     ...headers.map((name): [string, string] => [name, loadText(new URL(`./${name}`, import.meta.url))]),
   ]);

@@ -1,9 +1,9 @@
 /*
  * Contractions y[r, n] = sum over k of x[r, k] * w[n, k] with packed w (see the panels in simd.h), for all of the linear family.
  *
- * Rows come in chunks. The team widens the rows of a chunk to f32 in scratch, meets at a barrier, and splits the panels (and, when there
- * are fewer panels than threads, the rows). Sums over k are one ascending chain per element, or one per scale group: neither the number
- * of rows nor the number of threads changes a bit of any row.
+ * Rows come in chunks. The team widens the rows of a chunk in scratch, meets at a barrier, and takes panels (and, when there are few of
+ * them, rows) from a counter. Sums over k are one ascending chain per element, or one per scale group: neither the number of rows nor the
+ * number of threads changes a bit of any row.
  */
 #ifndef S3_CONTRACT_H
 #define S3_CONTRACT_H
@@ -375,12 +375,10 @@ void contract(const s3_call *c, const contraction &d, const X *x, const float *x
   const int64_t groups = ceil_div(d.inner, d.group), panels = ceil_div(d.columns, columns_of_panel);
   const int64_t matrix_bytes = panels * panel_bytes<W>(d), matrix_scales = ceil_div(d.columns, d.block) * groups;
   const int64_t row_bytes = cells_before(d, d.inner, engine::k_block) * engine::k_bytes;
-  uint8_t *const widened = static_cast<uint8_t *>(c->scratch);
+  uint8_t *const widened = static_cast<uint8_t *>(c->scratch) + 64;
   const int64_t thread = c->thread, threads = c->threads;
-  const int64_t column_teams = least(threads, panels), row_teams = threads / column_teams;
-  const int64_t mine_first = panels * (thread % column_teams) / column_teams;
-  const int64_t mine_end = panels * (thread % column_teams + 1) / column_teams;
-  const int64_t row_team = thread / column_teams;
+  int64_t *const counter = static_cast<int64_t *>(c->scratch); /* hands out the work of a chunk */
+  const auto take = [&] { return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED); };
 
   struct block {
     int64_t first, rows, at; /* rows of the chunk, and where they start among the stored rows */
@@ -412,9 +410,10 @@ void contract(const s3_call *c, const contraction &d, const X *x, const float *x
           for (int64_t k = 0; k < row_bytes; k += engine::k_bytes) memset(out + k * heights_of[b], 0, engine::k_bytes);
         }
       }
+    if (thread == 0) __atomic_store_n(counter, 0, __ATOMIC_RELAXED);
     c->barrier(c);
-    if (row_team >= row_teams) continue;
 
+    int64_t ticket = take(), before = 0;
     for (int64_t b = 0, run_end = 0; b < count; b = run_end) {
       const int64_t matrix = now.matrix[blocks[b].first];
       while (run_end < count && now.matrix[blocks[run_end].first] == matrix) ++run_end;
@@ -422,11 +421,16 @@ void contract(const s3_call *c, const contraction &d, const X *x, const float *x
       const bool single = run_end - b == 1;
       const int64_t segment = single ? d.inner : groups == 1 ? segment_of_k : ceil_div(segment_of_k, d.group) * d.group;
       const tile_function tile = engine::tile_for(height);
-      for (int64_t first = mine_first; first < mine_end; first += step) {
+      /* work is handed out by some panels for some of the blocks: finely enough to even out, one or two blocks only if panels are few */
+      const int64_t per_unit = least(step, ceil_div(panels, 4 * threads)), units_of_columns = ceil_div(panels, per_unit);
+      const int64_t row_parts = least(run_end - b, ceil_div(2 * threads, units_of_columns));
+      const int64_t units = units_of_columns * row_parts;
+      for (; ticket < before + units; ticket = take()) {
+        const int64_t unit = ticket - before, first = unit / row_parts * per_unit, part = b + unit % row_parts;
         alignas(64) float sums[padded_chunk_rows * engine::most_floats_per_row];
-        const int64_t wanted = least(step, mine_end - first);
+        const int64_t wanted = least(per_unit, panels - first);
         for (int64_t k = 0; k < d.inner; k += segment)
-          for (int64_t i = b + row_team; i < run_end; i += row_teams) {
+          for (int64_t i = part; i < run_end; i += row_parts) {
             const float *scales[32];
             if constexpr (Scaled)
               for (int64_t m = 0; m < blocks[i].rows; ++m) scales[m] = xs + now.source[blocks[i].first + m] * groups;
@@ -435,11 +439,12 @@ void contract(const s3_call *c, const contraction &d, const X *x, const float *x
                   sums + (i - b) * engine::floats_for(height)});
           }
         const int64_t column = first * columns_of_panel, columns = least(wanted * columns_of_panel, d.columns - column);
-        for (int64_t i = b + row_team; i < run_end; i += row_teams)
+        for (int64_t i = part; i < run_end; i += row_parts)
           for (int64_t m = 0; m < blocks[i].rows; ++m)
             finish(now.target[blocks[i].first + m], column, columns,
                    sums + (i - b) * engine::floats_for(height) + m * engine::stride(height));
       }
+      before += units;
     }
   }
   engine::end();

@@ -7,7 +7,7 @@
  */
 #ifndef S3_SCALAR_H
 #define S3_SCALAR_H
-#include "simd.h"
+#include "formats.h"
 
 namespace s3 {
 inline namespace S3_ISA {

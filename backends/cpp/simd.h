@@ -1,28 +1,16 @@
 /*
- * Vectors of f32 for one instruction set, and the storage of small floats.
- *
- * A program is compiled once per instruction set (-D S3_ISA=baseline|avx2|avx512|amx with the matching -march, and always with
- * -ffp-contract=off); everything lives in a namespace of that name, so no function built for one processor is ever linked into another's path.
- * `lanes` floats make a vector, `parts` vectors a row of a panel: 16 columns.
+ * Vectors of f32 for one instruction set. `lanes` floats make a vector, `parts` vectors a row of a panel: 16 columns.
  */
 #ifndef S3_SIMD_H
 #define S3_SIMD_H
-#include <stdint.h>
-#include <string.h>
+#include "formats.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized" /* the undefined operands of g++ 12's own intrinsics */
 #endif
-#include "step3.h"
-
-#ifndef S3_ISA
-#define S3_ISA baseline
-#endif
 
 namespace s3 {
 inline namespace S3_ISA {
-
-#define S3_INLINE __attribute__((always_inline)) inline
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 #define S3_AVX512 1
@@ -67,17 +55,6 @@ S3_INLINE vec fma(vec a, vec b, vec c) {
   return a * b + c;
 #endif
 }
-
-/* --- element formats -------------------------------------------------------------------------------------------------------- */
-
-/* Storage of one element; arithmetic happens in f32. */
-struct bf16 { uint16_t bits; };
-struct f16 { uint16_t bits; };
-struct e4m3 { uint8_t bits; };
-struct e5m2 { uint8_t bits; };
-
-S3_INLINE float as_float(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
-S3_INLINE uint32_t as_bits(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
 
 }  // namespace S3_ISA
 }  // namespace s3

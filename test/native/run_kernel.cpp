@@ -15,6 +15,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include <algorithm>
 #include <barrier>
 #include <chrono>
 #include <memory>
@@ -97,19 +98,21 @@ std::string run(const s3_program *program, const std::string &kernel, uint32_t t
       if (a.kind != 1) memcpy(a.memory->data, a.given.data(), a.given.size());
       addresses.push_back(a.memory->data);
     }
-    std::barrier<> together((ptrdiff_t)threads), started((ptrdiff_t)threads + 1);
+    typedef std::chrono::steady_clock clock;
+    std::barrier<> together((ptrdiff_t)threads), started((ptrdiff_t)threads);
+    std::vector<clock::time_point> starts(threads), ends(threads);
     std::vector<std::thread> others;
     for (uint32_t t = 0; t < threads; ++t)
       others.emplace_back([&, t] {
         const team mine = {{addresses.data(), heads.data(), (uint32_t)rows.size(), stride, t, threads, scratch.data, meet}, &together};
         started.arrive_and_wait();
+        starts[t] = clock::now();
         entry->run(&mine.call);
+        ends[t] = clock::now();
       });
-    started.arrive_and_wait();
-    const auto start = std::chrono::steady_clock::now();
     for (std::thread &o : others) o.join();
-    const auto end = std::chrono::steady_clock::now();
-    const uint64_t took = (uint64_t)std::chrono::duration_cast<std::chrono::nanoseconds>(end - start).count();
+    const auto span = *std::max_element(ends.begin(), ends.end()) - *std::min_element(starts.begin(), starts.end());
+    const uint64_t took = (uint64_t)std::chrono::duration_cast<std::chrono::nanoseconds>(span).count();
     if (took < fastest) fastest = took;
     if (!scratch.intact()) return "it wrote outside its scratch";
     for (size_t i = 0; i < arguments.size(); ++i) {

@@ -33,6 +33,7 @@ export interface Bundle {
 export const H = 8;
 export const V = 32;
 const J = 2;
+const eos = 13;
 export const pageTokens = 4;
 const columns = 4;
 const pageBytes = 64;
@@ -169,7 +170,7 @@ const keysOf = (shape: Shape): Key[] => {
     for (let slot = 0; slot < shape.slots; slot++)
       for (let f = 0; f < shape.ffn; f++) {
         const name: Record<string, string> = { tok: "tok", ids: "eids", wgt: "wgt", head: "head" };
-        Object.entries(name).forEach(([fieldName, buffer], i) =>
+        for (const [i, [fieldName, buffer]] of Object.entries(name).entries())
           keys.push({
             key: (a << 16) | (slot << 8) | i,
             direction: "a2f",
@@ -179,8 +180,7 @@ const keysOf = (shape: Shape): Key[] => {
             field: fieldName,
             source: `${buffer}${slot}`,
             target: `${buffer}${slot}`,
-          }),
-        );
+          });
         keys.push({
           key: (1 << 24) | (a << 16) | (slot << 8),
           direction: "f2a",
@@ -236,7 +236,7 @@ export const makeBundle = (shape: Shape): Bundle => {
     model: {
       name: "small integers",
       vocabulary: V,
-      eos: [31],
+      eos: [eos],
       refused: [{ id: 30, why: "image token: this bundle has no vision tower" }],
     },
     source: wire,
@@ -356,7 +356,7 @@ export const generated = (prompt: readonly number[], max: number, ffn: number): 
     const logits = logitsAfter([...prompt, ...tokens], ffn);
     const token = logits.indexOf(Math.max(...logits));
     tokens.push(token);
-    if (token === 31) return { tokens, stop: "eos" };
+    if (token === eos) return { tokens, stop: "eos" };
     if (tokens.length >= max || prompt.length + tokens.length >= context) return { tokens, stop: "length" };
   }
 };
