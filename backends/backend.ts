@@ -98,8 +98,6 @@ export interface RenderedKernel {
   readonly scratch: number;
 }
 
-export type { Dim, DimSymbol, DType, Graph, KvType, Op, TensorType, Value };
-
 // What in-tree backends are made with, for others too. Types of the IR and what is known of ops come from `step3c/ir`.
 export {
   type Dialect,
@@ -119,3 +117,4 @@ export {
   variableType,
 } from "./c_family.ts";
 export { compileTemplate, loadTemplate, loadText, sourceFile, type Template } from "./template.ts";
+export type { Dim, DimSymbol, DType, Graph, KvType, Op, TensorType, Value };

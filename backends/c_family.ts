@@ -145,7 +145,8 @@ const isExact = (s: Scalar, to: DType, operands: readonly Value[]): boolean => {
 const computesWide = (e: Element): boolean => [e.output, ...e.operands].some((v) => isWide(dtypeOf(v)));
 
 /** The value of an element before rounding. */
-const plainText = (d: Dialect, e: Element, operands: readonly string[]): string => renderScalar(d, e.scalar, operands, computesWide(e));
+const plainText = (d: Dialect, e: Element, operands: readonly string[]): string =>
+  renderScalar(d, e.scalar, operands, computesWide(e));
 
 /** The value of an element as a variable holds it: computed and rounded to its dtype. */
 const roundedText = (d: Dialect, e: Element, operands: readonly string[]): string => {
@@ -192,7 +193,8 @@ export const elementStatements = (
 };
 
 /** The text that loads element `index` of a pointer. */
-export const loadElement = (d: Dialect, dtype: DType, pointer: string, index: string): string => fill(d.load(dtype), pointer, index);
+export const loadElement = (d: Dialect, dtype: DType, pointer: string, index: string): string =>
+  fill(d.load(dtype), pointer, index);
 /** The statement that rounds a value to a dtype and stores it as element `index` of a pointer. */
 export const storeElement = (d: Dialect, dtype: DType, pointer: string, index: string, value: string): string =>
   fill(d.store(dtype), pointer, index, bare(value));
@@ -434,7 +436,7 @@ const scheduleNodes = ({ nodes, outputs }: Nodes): Stages => {
   return stage;
 };
 
-interface Buffer {
+interface RowBuffer {
   readonly type: string;
   readonly name: string;
   readonly size: number;
@@ -457,7 +459,7 @@ class RowEmitter {
   private readonly nodeOf: ReadonlyMap<Value, Node>;
   private readonly inputAt: ReadonlyMap<Value, number>;
   private readonly readers: ReadonlyMap<Value, number>;
-  private readonly buffers: Map<Value, Buffer> = new Map();
+  private readonly buffers: Map<Value, RowBuffer> = new Map();
   private readonly setup: Set<string> = new Set();
   /** values of one column that are another's name or a literal */
   private readonly atoms: Map<Value, string> = new Map();
@@ -494,7 +496,8 @@ class RowEmitter {
     for (const loop of loops) this.keepForLater(loop);
 
     const last = Math.max(0, ...this.stage.values());
-    const tiled = loops.length === 1 && reductions.length === 0 && this.outputs.every((v) => loops[0]?.nodes.some((m) => m.output === v));
+    const tiled =
+      loops.length === 1 && reductions.length === 0 && this.outputs.every((v) => loops[0]?.nodes.some((m) => m.output === v));
     const stages = Array.from({ length: last + 1 }, (_, t) => ({
       scalars: maps.filter((m) => m.columns === 1 && this.stage.get(m.output) === t).flatMap((m) => this.scalarLines(m)),
       loops: loops.filter((l) => l.stage === t).map((l) => this.loop(l, tiled)),
@@ -622,7 +625,7 @@ class RowEmitter {
   private reduction(r: ReduceNode): string[] {
     const size = this.space.columns(r.source);
     const i = this.inputAt.get(r.source);
-    const from = i === undefined ? (this.buffers.get(r.source) as Buffer).name : this.pointer(`in${i}`, r.source);
+    const from = i === undefined ? (this.buffers.get(r.source) as RowBuffer).name : this.pointer(`in${i}`, r.source);
     const dtype = dtypeOf(r.output);
     const rounds = dtype !== "f32" && dtype !== "f64";
     if (r.columns === 1) {
@@ -630,7 +633,7 @@ class RowEmitter {
       const line = declaration(this.d, dtype, r.id, rounds ? fill(this.d.round(dtype), text) : text);
       return [line, ...this.stores(r.output, r.id)];
     }
-    const to = (this.buffers.get(r.output) as Buffer).name;
+    const to = (this.buffers.get(r.output) as RowBuffer).name;
     const lines = [`${r.fn}_of_groups(${from}, ${size}, ${r.group}, ${to});`];
     if (rounds) lines.push(`for (int64_t g = 0; g < ${r.columns}; ++g) ${to}[g] = ${fill(this.d.round(dtype), `${to}[g]`)};`);
     return lines;
@@ -652,7 +655,7 @@ class RowEmitter {
         const i = this.inputAt.get(v) as number;
         name = `x${i}`;
         lines.push(declaration(this.d, dtypeOf(v), name, loadElement(this.d, dtypeOf(v), this.pointer(`in${i}`, v), "i")));
-      } else if (this.buffers.has(v)) name = `${(this.buffers.get(v) as Buffer).name}[i]`;
+      } else if (this.buffers.has(v)) name = `${(this.buffers.get(v) as RowBuffer).name}[i]`;
       else name = compute(n as MapNode);
       names.set(v, name);
       return name;
@@ -660,7 +663,7 @@ class RowEmitter {
     const view = (n: Extract<Node, { node: "view" }>): string => {
       if (this.isAlias(n)) return element(n.source);
       const i = this.inputAt.get(n.source);
-      const pointer = i === undefined ? (this.buffers.get(n.source) as Buffer).name : this.pointer(`in${i}`, n.source);
+      const pointer = i === undefined ? (this.buffers.get(n.source) as RowBuffer).name : this.pointer(`in${i}`, n.source);
       const load = (index: string): string =>
         i === undefined ? `${pointer}[${index}]` : loadElement(this.d, dtypeOf(n.source), pointer, index);
       if (group === 0) group = n.group;

@@ -3,9 +3,9 @@
  * for the target's programs, whether the numbers are those of the interpreter. `step3c backend check` prints the report.
  */
 
+import { evalDim } from "../ir/dim.ts";
 import { type Case, sampleCase } from "../ir/draw.ts";
 import { evaluate, kvState } from "../ir/evaluate.ts";
-import { evalDim } from "../ir/dim.ts";
 import type { Op, Value } from "../ir/graph.ts";
 import { allKnowledge, knowledge } from "../ir/ops/index.ts";
 import { decode, encode, powerOfTwo } from "../ir/round.ts";
@@ -75,7 +75,12 @@ interface Prepared {
 /** Puts every sample to a backend. `only` restricts the ops. */
 export const checkBackend = (
   backend: Backend,
-  options: { readonly arch?: string; readonly runner?: KernelRunner; readonly only?: readonly string[]; readonly seed?: number } = {},
+  options: {
+    readonly arch?: string;
+    readonly runner?: KernelRunner;
+    readonly only?: readonly string[];
+    readonly seed?: number;
+  } = {},
 ): Report => {
   const arch = options.arch ?? (backend.arches[0] as string);
   const results: SampleResult[] = [];
@@ -165,7 +170,8 @@ const assembled = (backend: Backend, arch: string, kernels: readonly RenderedKer
   const files = backend.assemble({ role: "attention", arch, kernels });
   if (!files.has("CMakeLists.txt")) throw new Error(`backend ${backend.name}: assemble gives no CMakeLists.txt`);
   for (const path of files.keys())
-    if (path.startsWith("/") || path.split("/").includes("..")) throw new Error(`backend ${backend.name}: assemble writes outside: ${path}`);
+    if (path.startsWith("/") || path.split("/").includes(".."))
+      throw new Error(`backend ${backend.name}: assemble writes outside: ${path}`);
   return files;
 };
 
@@ -203,13 +209,18 @@ const runAll = (prepared: readonly Prepared[], program: KernelProgram): SampleRe
     // the first ops of all cases together, then the second ones: few runs of the program
     for (let n = 0; n < Math.max(0, ...prepared.map((p) => p.steps.length)); n++) {
       const now = prepared.flatMap((p, i) => p.steps.slice(n, n + 1).map((step) => ({ step, memory: memories[i] as Memory })));
-      const written = program.run(variant, now.map(({ step, memory }) => memory.launch(step)));
+      const written = program.run(
+        variant,
+        now.map(({ step, memory }) => memory.launch(step)),
+      );
       now.forEach(({ step, memory }, i) => {
         memory.keep(step, written[i] as readonly Uint8Array[]);
       });
     }
     prepared.forEach((p, i) => {
-      const worst = p.given.graph.outputs.map((v) => errorOf(references[i]?.get(v.name) as Tensor, (memories[i] as Memory).read(v)));
+      const worst = p.given.graph.outputs.map((v) =>
+        errorOf(references[i]?.get(v.name) as Tensor, (memories[i] as Memory).read(v)),
+      );
       (errors[i] as Record<string, number>)[variant] = Math.max(...worst);
     });
   }
@@ -223,7 +234,10 @@ class Memory {
 
   constructor(given: Prepared) {
     this.given = given;
-    const most = Math.max(0, ...[...given.given.inputs.values()].filter((t) => t.dtype === "i32" && t.shape.length === 2).flatMap((t) => [...t.data]));
+    const most = Math.max(
+      0,
+      ...[...given.given.inputs.values()].filter((t) => t.dtype === "i32" && t.shape.length === 2).flatMap((t) => [...t.data]),
+    );
     for (const s of given.given.graph.states) this.bytes.set(s.name, new Uint8Array((most + 1) * (given.kv?.pageBytes ?? 0)));
   }
 
@@ -240,14 +254,21 @@ class Memory {
       const given = this.given.given.inputs.get(v.name);
       return [{ read: given ? bytesOf(given, step, i) : (this.bytes.get(v.name) as Uint8Array) }];
     });
-    const both = step.op.inputs.filter((v) => changes && v.type.kind === "kv").map((v) => ({ both: this.bytes.get(v.name) as Uint8Array }));
+    const both = step.op.inputs
+      .filter((v) => changes && v.type.kind === "kv")
+      .map((v) => ({ both: this.bytes.get(v.name) as Uint8Array }));
     const written = step.op.outputs.filter((v) => v.type.kind !== "kv").map((v) => ({ written: this.sizeOf(v) }));
     return { kernel: step.kernel.name, rows: this.given.given.symbols.get("T") ?? 1, args: [...reads, ...both, ...written] };
   }
 
   keep(step: Step, written: readonly Uint8Array[]): void {
-    const outputs = [...step.op.outputs.filter((v) => v.type.kind === "kv"), ...step.op.outputs.filter((v) => v.type.kind !== "kv")];
-    outputs.forEach((v, i) => this.bytes.set(v.name, written[i] as Uint8Array));
+    const outputs = [
+      ...step.op.outputs.filter((v) => v.type.kind === "kv"),
+      ...step.op.outputs.filter((v) => v.type.kind !== "kv"),
+    ];
+    outputs.forEach((v, i) => {
+      this.bytes.set(v.name, written[i] as Uint8Array);
+    });
   }
 
   read(v: Value): Float64Array {
@@ -282,14 +303,14 @@ export const errorOf = (reference: Tensor, got: ArrayLike<number>): number => {
   let worst = 0;
   for (let i = 0; i < data.length; i++) {
     const [a, b] = [data[i] as number, got[i] as number];
-    if (a === b || (a !== a && b !== b)) continue;
+    if (a === b || (Number.isNaN(a) && Number.isNaN(b))) continue;
     const allowed = isFloat(dtype)
       ? Math.abs(a) * 2 ** -17 + largest * 2 ** -19 + spacing(dtype, a)
       : dtype === "i8" || dtype === "u8"
         ? 1
         : 0;
     const error = Math.abs(a - b) / allowed;
-    worst = error > worst || error !== error ? (error !== error ? Number.POSITIVE_INFINITY : error) : worst;
+    worst = Math.max(worst, Number.isNaN(error) ? Number.POSITIVE_INFINITY : error);
   }
   return worst;
 };
@@ -315,7 +336,8 @@ export const reportText = (report: Report): string => {
   for (const r of report.results) {
     if (r.status === "broken") lines.push(`broken: ${r.op} '${r.sample}': ${r.why}`);
     for (const [variant, error] of Object.entries(r.errors ?? {}))
-      if (!(error <= 1)) lines.push(`wrong: ${r.op} '${r.sample}' on ${variant} (${r.kernel}): ${error.toPrecision(3)} of what is allowed`);
+      if (!(error <= 1))
+        lines.push(`wrong: ${r.op} '${r.sample}' on ${variant} (${r.kernel}): ${error.toPrecision(3)} of what is allowed`);
   }
   for (const op of report.lacking) lines.push(`to do: ${op}: ${knowledge(op).summary}`);
   if (!report.ran) lines.push("numbers were not checked: no runner for this target");

@@ -30,7 +30,9 @@ export interface LoadedBackend {
  */
 export const loadBackend = async (spec: string): Promise<LoadedBackend> => {
   const { name, arch } = splitSpec(spec);
-  const backend = Object.hasOwn(inTree, name) ? (await (inTree[name] as () => Promise<{ default: Backend }>)()).default : await loadPlugin(name);
+  const backend = Object.hasOwn(inTree, name)
+    ? (await (inTree[name] as () => Promise<{ default: Backend }>)()).default
+    : await loadPlugin(name);
   const chosen = arch ?? (backend.arches[0] as string);
   if (!backend.arches.includes(chosen))
     throw new UserError(`backend ${backend.name} has no architecture '${chosen}'; it has ${backend.arches.join(", ")}`);
@@ -83,7 +85,9 @@ const entryOf = (path: string, name: string): string => {
   tried.push(join(path, "index.js"), join(path, "index.mjs"));
   const found = tried.find((file) => existsSync(file));
   if (found) return found;
-  throw new UserError(`backend ${name}: ${path} has no module to load (looked for ${tried.join(", ")}); compile it if it is TypeScript`);
+  throw new UserError(
+    `backend ${name}: ${path} has no module to load (looked for ${tried.join(", ")}); compile it if it is TypeScript`,
+  );
 };
 
 const resolvePackage = (name: string): string => {
@@ -104,10 +108,15 @@ const shape: Readonly<Record<string, readonly [what: string, is: (x: unknown) =>
   api: ["1", (x) => x === 1],
   device: ["a text: the runtime's device driver", (x) => typeof x === "string" && x !== ""],
   arches: ["a list of at least one text", (x) => Array.isArray(x) && x.length > 0 && x.every((a) => typeof a === "string")],
-  dtypes: [`a list of dtypes (${dtypes.join(", ")})`, (x) => Array.isArray(x) && x.every((d) => (dtypes as readonly unknown[]).includes(d))],
+  dtypes: [
+    `a list of dtypes (${dtypes.join(", ")})`,
+    (x) => Array.isArray(x) && x.every((d) => (dtypes as readonly unknown[]).includes(d)),
+  ],
   kernels: [
     "a list of templates { name, match(), render() }",
-    (x) => Array.isArray(x) && x.every((k) => typeof k?.name === "string" && typeof k.match === "function" && typeof k.render === "function"),
+    (x) =>
+      Array.isArray(x) &&
+      x.every((k) => typeof k?.name === "string" && typeof k.match === "function" && typeof k.render === "function"),
   ],
   assemble: ["a function", (x) => typeof x === "function"],
   kv: ["a function, or absent", (x) => x === undefined || typeof x === "function"],
@@ -115,7 +124,9 @@ const shape: Readonly<Record<string, readonly [what: string, is: (x: unknown) =>
 
 const checkShape = (name: string, found: unknown): Backend => {
   if (typeof found !== "object" || found === null)
-    throw new UserError(`backend ${name}: its default export is ${found === undefined ? "missing" : `a ${typeof found}`}; export a Backend as default`);
+    throw new UserError(
+      `backend ${name}: its default export is ${found === undefined ? "missing" : `a ${typeof found}`}; export a Backend as default`,
+    );
   const wrong = Object.entries(shape)
     .filter(([part, [, is]]) => !is((found as Record<string, unknown>)[part]))
     .map(([part, [what]]) => `'${part}' must be ${what}`);

@@ -66,12 +66,20 @@ class Seal extends Handlebars.Visitor {
   }
 
   private helper(loc: hbs.AST.SourceLocation): hbs.AST.PathExpression {
-    return { type: "PathExpression", data: false, depth: 0, parts: [sealHelper], original: sealHelper, loc } as hbs.AST.PathExpression;
+    return {
+      type: "PathExpression",
+      data: false,
+      depth: 0,
+      parts: [sealHelper],
+      original: sealHelper,
+      loc,
+    } as hbs.AST.PathExpression;
   }
 
   private seal(expression: hbs.AST.Expression): hbs.AST.Expression {
     if (expression.type === "PathExpression") return this.sealed(expression, false);
-    if (expression.type === "SubExpression") return fail(this.at(expression), "a template computes nothing: no calls in parentheses");
+    if (expression.type === "SubExpression")
+      return fail(this.at(expression), "a template computes nothing: no calls in parentheses");
     return expression;
   }
 
@@ -83,7 +91,8 @@ class Seal extends Handlebars.Visitor {
   override MustacheStatement(mustache: hbs.AST.MustacheStatement): void {
     if (mustache.path.type !== "PathExpression") fail(this.at(mustache), "only names can be printed");
     const path = mustache.path as hbs.AST.PathExpression;
-    if (mustache.params.length > 0 || mustache.hash) fail(this.at(mustache), `a template computes nothing: '${path.original}' is called`);
+    if (mustache.params.length > 0 || mustache.hash)
+      fail(this.at(mustache), `a template computes nothing: '${path.original}' is called`);
     const sealed = this.sealed(path, true);
     mustache.path = sealed.path as hbs.AST.PathExpression;
     mustache.params = sealed.params;
@@ -91,7 +100,8 @@ class Seal extends Handlebars.Visitor {
 
   override BlockStatement(block: hbs.AST.BlockStatement): void {
     const name = block.path.original as string;
-    if (!blocks.includes(name)) fail(this.at(block), `unknown block '#${name}' (known: ${blocks.map((b) => `#${b}`).join(", ")})`);
+    if (!blocks.includes(name))
+      fail(this.at(block), `unknown block '#${name}' (known: ${blocks.map((b) => `#${b}`).join(", ")})`);
     if (block.params.length !== 1) fail(this.at(block), `#${name} takes one name`);
     this.arguments(block);
     super.BlockStatement(block);
@@ -141,7 +151,11 @@ const parse = (source: string, title: string): hbs.AST.Program => {
  * Compiles a template from its text. `name` is what errors call it; `partial` gives the text of a partial by name.
  * Throws on bad syntax, on anything that computes, and for a partial that is not there.
  */
-export const compileTemplate = (text: string, name: string = "(text)", partial?: (name: string) => string | undefined): Template => {
+export const compileTemplate = (
+  text: string,
+  name: string = "(text)",
+  partial?: (name: string) => string | undefined,
+): Template => {
   const partials: Record<string, Handlebars.TemplateDelegate> = {};
   const seen = new Set<string>();
   const compile = (source: string, title: string): Handlebars.TemplateDelegate => {

@@ -33,7 +33,7 @@ const clocksOf = ({ programs, exchanges, slots }: Schedule): readonly (readonly 
   const sent = new Map<number, readonly number[]>();
   const message = (slot: number, exchange: number, from: number, to: number): number =>
     ((slot * exchanges.length + exchange) * ranks + from) * ranks + to;
-  const now = programs.map(() => new Array<number>(ranks).fill(0));
+  const now = programs.map(() => programs.map(() => 0));
   let left = programs.reduce((n, p) => n + p.steps.length, 0);
 
   for (let moved = true; moved; ) {

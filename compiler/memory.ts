@@ -52,16 +52,14 @@ const scratchOffsets = (
   const sizes = new Map<string, number>();
   for (const b of buffers) if (b.region === "scratch") sizes.set(b.name, align(b.bytes));
   const lastUse = new Map<string, number>();
-  steps.forEach((step, at) => {
-    if (step.op !== "launch") return;
-    for (const names of [step.in, step.inout ?? [], step.out])
-      for (const name of names) if (sizes.has(name)) lastUse.set(name, at);
-  });
+  for (const [at, step] of steps.entries())
+    if (step.op === "launch")
+      for (const names of [step.in, step.inout ?? [], step.out]) for (const name of names) lastUse.set(name, at);
 
   const offsets = new Map<string, number>();
   const space = new Space();
-  steps.forEach((step, at) => {
-    if (step.op !== "launch") return;
+  for (const [at, step] of steps.entries()) {
+    if (step.op !== "launch") continue;
     for (const name of step.in)
       if (sizes.has(name) && !offsets.has(name)) throw new Error(`step ${at} reads ${name}, which nothing has written`);
     // results get their memory while the operands still have theirs: a kernel never writes over what it reads
@@ -69,9 +67,14 @@ const scratchOffsets = (
       const size = sizes.get(name);
       if (size !== undefined && !offsets.has(name)) offsets.set(name, space.take(size));
     }
-    for (const name of new Set([...step.in, ...(step.inout ?? []), ...step.out]))
-      if (lastUse.get(name) === at) space.free(offsets.get(name) as number, sizes.get(name) as number);
-  });
+    for (const names of [step.in, step.inout ?? [], step.out])
+      for (const name of names) {
+        const size = sizes.get(name);
+        if (size === undefined || lastUse.get(name) !== at) continue;
+        space.free(offsets.get(name) as number, size);
+        lastUse.delete(name); // an operand may be named twice
+      }
+  }
   return { offsets, bytes: space.top };
 };
 
@@ -83,9 +86,13 @@ class Space {
 
   take(size: number): number {
     let best = -1;
-    this.holes.forEach(([, room], i) => {
-      if (room >= size && (best < 0 || room < (this.holes[best] as [number, number])[1])) best = i;
-    });
+    let room = Number.POSITIVE_INFINITY;
+    for (let i = 0; i < this.holes.length; i++) {
+      const hole = this.holes[i] as [number, number];
+      if (hole[1] < size || hole[1] >= room) continue;
+      best = i;
+      room = hole[1];
+    }
     if (best >= 0) {
       const hole = this.holes[best] as [number, number];
       const offset = hole[0];

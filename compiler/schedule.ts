@@ -205,16 +205,16 @@ const sizer = (symbols: readonly DimSymbol[]): Sizes => {
   const rows = new Map<Dim, boolean>();
   const extent = (d: Dim): number => {
     if (typeof d === "number") return d;
-    let n = extents.get(d);
-    if (n === undefined) extents.set(d, (n = evalDim(d, maxima)));
+    const n = extents.get(d) ?? evalDim(d, maxima);
+    extents.set(d, n);
     return n;
   };
   return {
     bytes: (type) => type.shape.reduce((n: number, d) => n * extent(d), dtypeBytes(type.dtype)),
     isRows: ({ shape: [d] }) => {
       if (d === undefined || typeof d === "number") return false;
-      let is = rows.get(d);
-      if (is === undefined) rows.set(d, (is = multipleOf(d, rowSymbol) !== undefined));
+      const is = rows.get(d) ?? multipleOf(d, rowSymbol) !== undefined;
+      rows.set(d, is);
       return is;
     },
   };
@@ -762,10 +762,9 @@ const attentionProgram = (context: Context): Program => {
       if (memory.known(value.name)) fail(`${value.name} is sent, received or returned twice; it needs a copy (withHomes)`);
       memory.bind(value.name, slots.map(name));
     };
-    op.inputs.forEach((v, i) => bind(v, (slot) => fieldBuffer((push[i] as Wire).field.name, slot)));
-    (flow.collects[e] as Op).outputs.forEach((v, i) =>
-      bind(v, (slot) => partBuffer((pull[i % pull.length] as Wire).field.name, slot, Math.floor(i / pull.length))),
-    );
+    for (const [i, v] of op.inputs.entries()) bind(v, (slot) => fieldBuffer((push[i] as Wire).field.name, slot));
+    for (const [i, v] of (flow.collects[e] as Op).outputs.entries())
+      bind(v, (slot) => partBuffer((pull[i % pull.length] as Wire).field.name, slot, Math.floor(i / pull.length)));
   });
   for (const op of ops) memory.results(op);
 

@@ -39,7 +39,8 @@ export const readTokenizer = (directory: string): TextCodec | undefined => {
   };
   return {
     encode: (text) => tokenizer.encode(text).ids,
-    decode: (ids) => tokenizer.decode([...ids], { skip_special_tokens: true, clean_up_tokenization_spaces: false }),
+    decode: (ids) =>
+      ids.length === 0 ? "" : tokenizer.decode([...ids], { skip_special_tokens: true, clean_up_tokenization_spaces: false }),
     chat: (messages) => {
       if (typeof templateText !== "string")
         throw new UserError(

@@ -293,6 +293,8 @@ const cut = (values: Values, slice: Slice | undefined): Values => {
 /** Bytes read at a time unless asked otherwise, and bytes given to the disk and not yet written. */
 const windowBytes = 32 << 20;
 const mostInFlight = 128 << 20;
+/** Elements made at a time. */
+const mostElements = 60;
 /** Bytes that a file's digest may lag behind while earlier ones are not there yet. */
 const mostDeferred = 64 << 20;
 const windowBuffers = 3;
@@ -427,14 +429,18 @@ interface Window {
 
 /** A weight that is being made: takes what it can from each window, in order. */
 interface Piece {
-  readonly recipe: Recipe;
-  /** rows of the tensor that must be in one window for it to go on */
-  readonly reach: number;
   /** makes all rows that the window allows; gives the first row of the tensor that it still needs, infinity when it is done */
   take(window: Window): number;
 }
 
 type Emit = (output: Output, position: number, bytes: Uint8Array) => void;
+
+/** Rows of the tensor that must be in one window for a piece to go on. */
+const reachOf = ({ quantise }: Recipe, { layout }: PlacedWeight): number => {
+  const rowBlock = layout?.rowBlock ?? 1;
+  const band = quantise?.state.block[0] ?? 1;
+  return 1 + (quantise?.make === "scales" ? rowBlock * band : rowBlock + 2 * band);
+};
 
 const createPiece = (recipe: Recipe, placed: PlacedWeight, output: Output, converter: Converter, emit: Emit): Piece => {
   const { tensor, part, quantise } = recipe;
@@ -456,6 +462,9 @@ const createPiece = (recipe: Recipe, placed: PlacedWeight, output: Output, conve
   /** the first row of the result, among those of the quantised part */
   const offset = quantise ? quantise.part.rows[0] : 0;
   const scalesOnly = quantise?.make === "scales";
+
+  /** rows to make at a time, so that results on the way to the disk stay small */
+  const most = Math.max(rowBlock, Math.floor(mostElements / Math.max(1, width)));
 
   /** rows of the tensor's matrix that result rows [from, to) need */
   const needs = (from: number, to: number): readonly [number, number] => {
@@ -522,17 +531,12 @@ const createPiece = (recipe: Recipe, placed: PlacedWeight, output: Output, conve
       if (state.known[index * state.down + b] === 1) continue;
       const rows = [part.rows[0] + b * band, Math.min(part.rows[1], part.rows[0] + (b + 1) * band)] as const;
       const x = wide(window, matrix, rows, part.columns);
-      const step = state.block[1];
-      for (let c = 0; c < state.across; c++) {
-        const columns = Math.min(step, x.columns - c * step);
-        const bytes = x.bytes.subarray(c * step * dtypeBytes(x.dtype));
-        const scale = converter.scaleOf({ ...x, bytes, columns }, state.to);
-        if (Number.isNaN(scale))
-          throw new UserError(
-            `${tensor.file}: tensor '${tensor.name}' has a value that is not finite in rows ${rows[0]} to ${rows[1] - 1}${stacked.matrices > 1 ? ` of matrix ${matrix}` : ""}; the checkpoint is damaged, or use --precision bf16`,
-          );
-        state.scales[(index * state.down + b) * state.across + c] = scale;
-      }
+      const scales = converter.scales(x, state.block[1], state.to);
+      if (scales.some(Number.isNaN))
+        throw new UserError(
+          `${tensor.file}: tensor '${tensor.name}' has a value that is not finite in rows ${rows[0]} to ${rows[1] - 1}${stacked.matrices > 1 ? ` of matrix ${matrix}` : ""}; the checkpoint is damaged, or use --precision bf16`,
+        );
+      state.scales.set(scales, (index * state.down + b) * state.across);
       state.known[index * state.down + b] = 1;
     }
   };
@@ -570,23 +574,15 @@ const createPiece = (recipe: Recipe, placed: PlacedWeight, output: Output, conve
   const tensorMatrix = (k: number): number => part.matrices[quantise ? (outer.matrices[k] as number) : k] as number;
 
   return {
-    recipe,
-    reach: (scalesOnly ? rowBlock * band : rowBlock + 2 * band) + 1,
     take: (window) => {
       while (matrix < outer.matrices.length) {
         const base = tensorMatrix(matrix) * stacked.rows;
         const available = window.end - base;
-        let to = row;
-        // as many rows as the window has, in whole row blocks but for the last
-        if (needs(row, height)[1] <= available) to = height;
-        else {
-          const within = available - part.rows[0] - outer.rows[0] * (scalesOnly ? band : 1);
-          to = Math.min(
-            height - 1,
-            scalesOnly ? Math.floor(within / band) : Math.floor((within + outer.rows[0]) / band) * band - outer.rows[0],
-          );
-          to = row + Math.floor((to - row) / rowBlock) * rowBlock;
-        }
+        // as many rows as the window has whole bands for, in whole row blocks but for the last
+        const bands = Math.floor((available - part.rows[0]) / band);
+        const possible = available >= part.rows[1] ? height : Math.min(height, (scalesOnly ? bands : bands * band) - offset);
+        const end = Math.min(possible, row + most);
+        const to = end === height ? height : row + Math.floor((end - row) / rowBlock) * rowBlock;
         if (to <= row) return base + needs(row, row + 1)[0];
         const bytes = make(window, matrix, row, to);
         const packed = layout ? layout.pack({ bytes, dtype, rows: to - row, columns: width }) : bytes;
@@ -665,12 +661,14 @@ const textHash = async (hasher: Hasher, text: string): Promise<string> => {
 /** Rows of a tensor to read next. */
 interface Reading {
   readonly tensor: StoredTensor;
-  readonly pieces: readonly Piece[];
   readonly first: number;
   readonly end: number;
-  /** rows of the window before that may be needed again */
-  readonly reach: number;
+  /** bytes of a row, and of the room for rows of the window before that are needed again */
+  readonly rowBytes: number;
+  readonly room: number;
 }
+
+const slotBytesOf = ({ first, end, rowBytes, room }: Reading): number => Math.ceil((room + (end - first) * rowBytes) / 64) * 64;
 
 const convertAll = async (
   checkpoint: Checkpoint | undefined,
@@ -679,7 +677,6 @@ const convertAll = async (
   hasher: Hasher,
   { configuration, progress, window: atOnce = windowBytes }: WriteOptions,
 ): Promise<ReadonlyMap<string, string>> => {
-  const converter = createConverter();
   const recipes = createRecipes(checkpoint);
   const flight = createFlight();
   /** what uses the memory of the window at hand */
@@ -690,7 +687,16 @@ const convertAll = async (
     if (bytes.buffer instanceof SharedArrayBuffer) users.push(written);
   };
 
-  const groups = new Map<string, { tensor: StoredTensor; pieces: Piece[] }>();
+  interface Group {
+    readonly tensor: StoredTensor;
+    readonly parts: { readonly recipe: Recipe; readonly placed: PlacedWeight; readonly output: Output }[];
+  }
+  const groups = new Map<string, Group>();
+  const groupOf = (tensor: StoredTensor): Group => {
+    const group = groups.get(tensor.name) ?? { tensor, parts: [] };
+    groups.set(tensor.name, group);
+    return group;
+  };
   const constants: (() => Promise<void>)[] = [];
   for (const [i, plan] of plans.entries())
     for (const placed of plan.weights) {
@@ -699,36 +705,39 @@ const convertAll = async (
       const used = packedBytes(placed.weight.value.type, placed.layout);
       if (placed.bytes > used) emit(output, placed.offset + used, new Uint8Array(placed.bytes - used));
       if (!recipe) constants.push(() => writeConstant(placed, output, emit, flight));
-      else if (used > 0) {
-        const { name } = recipe.tensor;
-        const group = groups.get(name) ?? { tensor: recipe.tensor, pieces: [] };
-        group.pieces.push(createPiece(recipe, placed, output, converter, emit));
-        groups.set(name, group);
-      }
+      else if (used > 0) groupOf(recipe.tensor).parts.push({ recipe, placed, output });
     }
-  const hashed = configuration === undefined ? [] : [...(checkpoint?.tensors.values() ?? [])];
-  for (const tensor of hashed) if (!groups.has(tensor.name)) groups.set(tensor.name, { tensor, pieces: [] });
+  if (configuration !== undefined) for (const tensor of checkpoint?.tensors.values() ?? []) groupOf(tensor);
 
-  const readings = [...groups.values()].flatMap(({ tensor, pieces }) => readingsOf(tensor, pieces, atOnce));
+  const readings = [...groups.values()].flatMap(({ tensor, parts }) =>
+    readingsOf(tensor, Math.max(0, ...parts.map((p) => reachOf(p.recipe, p.placed))), atOnce),
+  );
   const total = [...groups.values()].reduce((n, g) => n + g.tensor.bytes, 0);
+  const slotBytes = Math.max(0, ...readings.map(slotBytesOf));
+  const converter = createConverter(windowBuffers * slotBytes);
+  const piecesOf = ({ tensor }: Reading): Piece[] =>
+    groupOf(tensor).parts.map((p) => createPiece(p.recipe, p.placed, p.output, converter, emit));
   const digests = new Map<string, string>();
-  const reader = createReader(checkpoint);
+  const reader = createReader(checkpoint, converter.windows, slotBytes);
   let done = 0;
   let previous: { readonly window: Window; readonly keep: number } | undefined;
+  let pieces: Piece[] = [];
   try {
     for (const write of constants) await write();
     let pending = readings[0] ? reader.read(readings[0]) : undefined;
     for (const [i, reading] of readings.entries()) {
       const fresh = await (pending as ReturnType<typeof reader.read>);
       const next = readings[i + 1];
-      const window = fresh.withRowsOf(previous && previous.window.tensor === reading.tensor ? previous : undefined);
+      const going = previous?.window.tensor === reading.tensor ? previous : undefined;
+      if (!going) pieces = piecesOf(reading);
+      const window = fresh.withRowsOf(going);
       pending = next ? reader.read(next) : undefined;
       // its failure is met when it is awaited
       pending?.catch(() => {});
       users = [];
       if (configuration !== undefined) users.push(hasher.update(`tensor ${reading.tensor.name}`, "pieces", fresh.bytes));
       let keep = Number.POSITIVE_INFINITY;
-      for (const piece of reading.pieces) keep = Math.min(keep, piece.take(window));
+      for (const piece of pieces) keep = Math.min(keep, piece.take(window));
       previous = { window, keep };
       if (next?.tensor !== reading.tensor && keep !== Number.POSITIVE_INFINITY)
         throw new Error(`${reading.tensor.name}: a weight still needs row ${keep} after the last one`);
@@ -747,18 +756,18 @@ const convertAll = async (
   }
 };
 
-/** Windows over all rows of a tensor. */
-const readingsOf = (tensor: StoredTensor, pieces: readonly Piece[], atOnce: number): Reading[] => {
+/** Windows over all rows of a tensor, of which a weight may need up to `reach` at once. */
+const readingsOf = (tensor: StoredTensor, reach: number, atOnce: number): Reading[] => {
   const { rows } = matrixOf(tensor.shape);
-  const reach = Math.min(rows, Math.max(0, ...pieces.map((p) => p.reach)));
-  const step = Math.max(reach, 1, Math.floor(atOnce / Math.max(1, tensor.bytes / Math.max(1, rows))));
-  const count = Math.max(1, Math.ceil(rows / step));
-  return Array.from({ length: count }, (_, i) => ({
+  const rowBytes = rows === 0 ? 0 : tensor.bytes / rows;
+  const kept = Math.min(rows, reach);
+  const step = Math.max(kept, 1, Math.floor(atOnce / Math.max(1, rowBytes)));
+  return Array.from({ length: Math.max(1, Math.ceil(rows / step)) }, (_, i) => ({
     tensor,
-    pieces,
     first: i * step,
     end: Math.min(rows, (i + 1) * step),
-    reach,
+    rowBytes,
+    room: i === 0 ? 0 : Math.ceil((kept * rowBytes) / 64) * 64,
   }));
 };
 
@@ -797,6 +806,8 @@ const createFlight = (): {
 /** Reads windows into a few buffers that are used in turn; each has room before the new rows for rows of the window before. */
 const createReader = (
   checkpoint: Checkpoint | undefined,
+  { buffer, from }: Converter["windows"],
+  slotBytes: number,
 ): {
   read(reading: Reading): Promise<{
     /** the new rows */
@@ -806,33 +817,30 @@ const createReader = (
   }>;
   settled(): Promise<void>;
 } => {
-  const slots = Array.from({ length: windowBuffers }, () => ({
-    buffer: new SharedArrayBuffer(0),
-    users: [] as readonly Promise<void>[],
-  }));
+  interface Slot {
+    readonly at: number;
+    users: readonly Promise<void>[];
+  }
+  const slots = Array.from({ length: windowBuffers }, (_, i): Slot => ({ at: from + i * slotBytes, users: [] }));
   let turn = 0;
   let last: Promise<unknown> = Promise.resolve();
-  const read = async (reading: Reading, slot: { buffer: SharedArrayBuffer; users: readonly Promise<void>[] }) => {
+  const read = async (reading: Reading, slot: Slot) => {
     await Promise.allSettled(slot.users);
-    const { tensor, first, end, reach } = reading;
-    const { rows } = matrixOf(tensor.shape);
-    const rowBytes = rows === 0 ? 0 : tensor.bytes / rows;
-    const room = first === 0 ? 0 : Math.ceil((reach * rowBytes) / 64) * 64;
+    const { tensor, first, end, rowBytes, room } = reading;
     const length = (end - first) * rowBytes;
-    if (slot.buffer.byteLength < room + length) slot.buffer = new SharedArrayBuffer(room + Math.max(length, windowBytes / 2));
-    const bytes = new Uint8Array(slot.buffer, room, length);
+    const bytes = new Uint8Array(buffer, slot.at + room, length);
     await readFully(checkpoint as Checkpoint, tensor, tensor.offset + first * rowBytes, bytes);
     return {
       bytes,
       withRowsOf: (previous: { readonly window: Window; readonly keep: number } | undefined): Window => {
         const kept = previous ? Math.max(0, first - Math.max(previous.keep, previous.window.first)) : 0;
-        const start = room - kept * rowBytes;
-        if (start < 0) throw new Error(`${tensor.name}: ${kept} rows are kept where at most ${reach} were announced`);
+        if (kept * rowBytes > room) throw new Error(`${tensor.name}: ${kept} rows are kept where room is for ${room / rowBytes}`);
+        const start = slot.at + room - kept * rowBytes;
         if (previous && kept > 0) {
           const from = (first - kept - previous.window.first) * rowBytes;
-          new Uint8Array(slot.buffer, start, kept * rowBytes).set(previous.window.bytes.subarray(from, from + kept * rowBytes));
+          new Uint8Array(buffer, start, kept * rowBytes).set(previous.window.bytes.subarray(from, from + kept * rowBytes));
         }
-        return { tensor, first: first - kept, end, bytes: new Uint8Array(slot.buffer, start, kept * rowBytes + length) };
+        return { tensor, first: first - kept, end, bytes: new Uint8Array(buffer, start, kept * rowBytes + length) };
       },
       release: (users: readonly Promise<void>[]): void => {
         slot.users = users;

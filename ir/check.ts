@@ -406,17 +406,17 @@ const matchCertificate = (
   };
   const c = certificate as Partial<Certificate> | null;
   if (typeof c !== "object" || c === null || c.format !== 1 || !Array.isArray(c.clocks) || !Array.isArray(c.reuse))
-    return bad("it is not well formed");
+    throw new Rejected("certificate", ["certificate: it is not well formed"]);
   if (c.schedule !== schedule.name || c.wire !== schedule.wire)
     bad(`it is of schedule ${String(c.schedule)}, wire ${String(c.wire).slice(0, 16)}`);
-  programs.forEach((program, r) => {
+  for (const [r, program] of programs.entries()) {
     const { uses } = locals[r] as Local;
     const { first, last, order } = uses.accesses;
     const stated = certificate.clocks[r];
     const edges = certificate.reuse[r];
     const { steps, rank } = program;
-    if (!Array.isArray(stated) || stated.length !== steps.length * ranks || !Array.isArray(edges))
-      return bad(`it has no clocks or edges for the ${steps.length} steps of ${rank.name}`);
+    if (!stated || !edges || !Array.isArray(edges) || stated.length !== steps.length * ranks)
+      throw new Rejected("certificate", [`certificate: it has no clocks or edges for the ${steps.length} steps of ${rank.name}`]);
     let event = 0;
     const now = new Int32Array(ranks);
     for (let at = 0; at < steps.length; at++) {
@@ -435,8 +435,7 @@ const matchCertificate = (
     const claimed = new Set<number>();
     for (const edge of edges as readonly Reuse[]) {
       const [lastUse, firstWrite, earlier, later] = Array.isArray(edge) ? edge : ([] as unknown as Reuse);
-      if (!isIndex(earlier, first.length) || !isIndex(later, first.length))
-        return bad(`${rank.name}: an edge of unknown buffers`);
+      if (!isIndex(earlier, first.length) || !isIndex(later, first.length)) bad(`${rank.name}: an edge of unknown buffers`);
       if (last[earlier] !== lastUse || first[later] !== firstWrite || lastUse >= firstWrite)
         bad(
           `${rank.name}: ${name(earlier)}, used until step ${last[earlier]}, then ${name(later)}, from step ${first[later]}; the edge says ${lastUse}, ${firstWrite}`,
@@ -450,7 +449,7 @@ const matchCertificate = (
       bad(
         `${rank.name}: ${name(edge % first.length)} takes no memory of ${name(Math.floor(edge / first.length))}, and an edge says so`,
       );
-  });
+  }
 };
 
 const approve = (schedule: Schedule, certificate: Certificate, facts: CheckFacts, context: Context): Verdict => {

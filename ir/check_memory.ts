@@ -1,7 +1,8 @@
 /** Part of the independent checker (check.ts): the buffers of one rank, where they lie and how launches read and write them. */
+
+import { type CheckRule, type Context, form, isIndex, placeText, Rejected, stepText, type WireUse } from "./check_wire.ts";
 import type { Buffer, RankProgram, Step } from "./schedule.ts";
 import { dtypeBytes, dtypes } from "./type.ts";
-import { type CheckRule, type Context, form, isIndex, placeText, Rejected, stepText, type WireUse } from "./check_wire.ts";
 
 const regionNames = ["weights", "state", "exchange", "scratch", "input", "output"] as const;
 
@@ -197,10 +198,9 @@ export class Accesses {
     write: (id: number, at: number, slot: number) => void,
   ): void {
     const { slot, inout = [] } = step;
-    form(
-      typeof step.kernel === "string" && [step.in, step.out, inout].every(Array.isArray) && typeof step.rows === "string",
-      `${this.program.rank.name} step ${at}: a launch that is not well formed`,
-    );
+    const lists = Array.isArray(step.in) && Array.isArray(step.out) && Array.isArray(inout);
+    if (!lists || typeof step.kernel !== "string" || typeof step.rows !== "string")
+      throw new Rejected("form", [`${this.program.rank.name} step ${at}: a launch that is not well formed`]);
     if (!isIndex(slot, slots)) throw new Rejected("slot", [`${stepText(this.program, at)}: there are ${slots} slots`]);
     for (const name of step.in) read(this.find(name, slot, at), at, slot);
     for (const name of inout) {
@@ -247,16 +247,17 @@ export class Accesses {
 /** Scratch buffers in use at the same time share no memory: the first two that do. */
 export const collision = (program: RankProgram, { first, last, order }: Accesses): Rejected | undefined => {
   const { buffers, rank } = program;
-  // buffers in use, as lists of numbers: few at any time
-  const ids: number[] = [];
-  const starts: number[] = [];
-  const ends: number[] = [];
+  // the buffers in use: few at any time
+  const ids = new Int32Array(order.length);
+  const starts = new Float64Array(order.length);
+  const ends = new Float64Array(order.length);
+  let inUse = 0;
   for (const id of order) {
     const { offset, bytes } = buffers[id] as Buffer;
     const end = offset + bytes;
     const now = first[id] as number;
     let kept = 0;
-    for (let k = 0; k < ids.length; k++) {
+    for (let k = 0; k < inUse; k++) {
       const other = ids[k] as number;
       if ((last[other] as number) < now) continue;
       if ((starts[k] as number) < end && offset < (ends[k] as number)) {
@@ -269,10 +270,10 @@ export const collision = (program: RankProgram, { first, last, order }: Accesses
       starts[kept] = starts[k] as number;
       ends[kept++] = ends[k] as number;
     }
-    ids.length = starts.length = ends.length = kept;
-    ids.push(id);
-    starts.push(offset);
-    ends.push(end);
+    ids[kept] = id;
+    starts[kept] = offset;
+    ends[kept] = end;
+    inUse = kept + 1;
   }
   return undefined;
 };

@@ -1,7 +1,8 @@
 /** Part of the independent checker (check.ts): one rank alone. How its steps use slots and memory, and what is left to compare with others. */
-import { headerBytes, type RankProgram, type Step } from "./schedule.ts";
+
 import { Accesses, collision, type Layout, layOut, sameNames } from "./check_memory.ts";
 import { type CheckRule, type Context, isIndex, type Partner, Rejected, stepText } from "./check_wire.ts";
+import { headerBytes, type RankProgram, type Step } from "./schedule.ts";
 
 /** How the steps of one rank use slots and buffers, wherever the buffers lie. */
 export interface Uses {
@@ -118,9 +119,9 @@ const examineAttention = (program: RankProgram, context: Context, layout: Layout
   const read = (id: number, at: number, slot: number): void => {
     const wire = layout.wires[id];
     const n = wire ? wire.code % width : head;
-    if (!wire || (wire.own && n !== head)) return accesses.read(id, at);
+    if (!wire || (wire.own && n !== head)) accesses.read(id, at);
     accesses.last[id] = at;
-    if (wire.own) return;
+    if (!wire || wire.own) return;
     lastRead[wire.code] = at;
     const what = `reads ${buffers[id]?.name}`;
     if (isCarried(slot, n))
@@ -269,7 +270,10 @@ const examineFfn = (program: RankProgram, context: Context, layout: Layout): Use
 
   const read = (id: number, at: number, slot: number): void => {
     const wire = layout.wires[id];
-    if (!wire || wire.own) return accesses.read(id, at);
+    if (!wire || wire.own) {
+      accesses.read(id, at);
+      return;
+    }
     accesses.last[id] = at;
     const n = wire.code % width;
     const e = next[slot] as number;
@@ -285,7 +289,7 @@ const examineFfn = (program: RankProgram, context: Context, layout: Layout): Use
     const wire = layout.wires[id];
     accesses.write(id, at);
     if (!wire) return;
-    if (!wire.own) return accesses.blame("memory", at, `writes ${buffers[id]?.name}, which a peer writes`);
+    if (!wire.own) accesses.blame("memory", at, `writes ${buffers[id]?.name}, which a peer writes`);
     if ((written[wire.code] as number) < 0) rewrites.push(at, events.count, wire.code, lastReplied[wire.code] as number);
     written[wire.code] = at;
   };

@@ -265,7 +265,7 @@ const readKeys = (
       wire.set(buffer, use);
     }
   };
-  keys.forEach((key, position) => {
+  for (const [position, key] of keys.entries()) {
     const { direction, a, f, slot, field: name } = key;
     const n = numbers.get(name);
     form(
@@ -288,7 +288,7 @@ const readKeys = (
     const push = direction === "a2f";
     bind(`a${a}`, push ? part : `${part} ${f}`, push ? key.source : key.target, { own: push, code, field, slot }, key);
     bind(`f${f}`, part, push ? key.target : key.source, { own: !push, code, field, slot }, key);
-  });
+  }
   const used = [...Array(fields.length).keys()];
   for (let a = 0; a < attention; a++)
     for (let f = 0; f < ffn; f++)

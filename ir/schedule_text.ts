@@ -121,7 +121,7 @@ const programText = ({ buffers, steps, memory }: RankProgram): string => {
     );
   }
   const width = String(steps.length - 1).length;
-  steps.forEach((step, at) => lines.push(`${String(at).padStart(width + 1)} ${stepText(step)}`));
+  for (const [at, step] of steps.entries()) lines.push(`${String(at).padStart(width + 1)} ${stepText(step)}`);
   return lines.join("\n");
 };
 

@@ -104,9 +104,12 @@ describe("the in-tree backends", () => {
     const exported = new Set(Object.keys(entry));
     const cpp = join(root, "backends", "cpp");
     for (const name of ["assemble", "attention", "dialect", "index", "layout", "linear", "rows", "tokens"])
-      for (const [, names = "", from = ""] of readFileSync(join(cpp, `${name}.ts`), "utf8").matchAll(/import \{([^}]*)\} from "(\.\.\/[^."/]+\.ts)"/g))
+      for (const [, names = "", from = ""] of readFileSync(join(cpp, `${name}.ts`), "utf8").matchAll(
+        /import \{([^}]*)\} from "(\.\.\/[^."/]+\.ts)"/g,
+      ))
         for (const imported of names.split(",").map((n) => n.trim()))
-          if (imported !== "" && !imported.startsWith("type ")) expect(exported, `${name}.ts imports ${imported} from ${from}`).toContain(imported);
+          if (imported !== "" && !imported.startsWith("type "))
+            expect(exported, `${name}.ts imports ${imported} from ${from}`).toContain(imported);
   });
 });
 
@@ -120,12 +123,24 @@ describe("what is wrong with a backend is said in words", () => {
     ["bad package.json", () => dirname(file("badjson/package.json", "{")), "package.json is not JSON"],
     ["bad syntax", () => file("syntax.mjs", "export default {"), "does not load"],
     ["it throws", () => file("throws.mjs", 'throw new Error("no driver")'), "does not load: no driver"],
-    ["step3c is not beside it", () => file("lonely/index.mjs", 'import { loadTemplate } from "step3c/backend"; loadTemplate();'), "imports step3c, which is not installed beside it"],
+    [
+      "step3c is not beside it",
+      () => file("lonely/index.mjs", 'import { loadTemplate } from "step3c/backend"; loadTemplate();'),
+      "imports step3c, which is not installed beside it",
+    ],
     ["no default export", () => file("nodefault.mjs", "export const x = 1;"), "its default export is missing"],
     ["no object", () => file("number.mjs", "export default 3;"), "its default export is a number"],
     ["another version", () => file("api.mjs", backend("api: 2")), "'api' must be 1"],
-    ["no arches, bad dtype", () => file("shape.mjs", backend('arches: [], dtypes: ["f31"]')), /'arches' must be .*; 'dtypes' must be a list of dtypes/],
-    ["a template without render", () => file("kernel.mjs", backend('kernels: [{ name: "k", match() {} }]')), "'kernels' must be a list of templates"],
+    [
+      "no arches, bad dtype",
+      () => file("shape.mjs", backend('arches: [], dtypes: ["f31"]')),
+      /'arches' must be .*; 'dtypes' must be a list of dtypes/,
+    ],
+    [
+      "a template without render",
+      () => file("kernel.mjs", backend('kernels: [{ name: "k", match() {} }]')),
+      "'kernels' must be a list of templates",
+    ],
     ["no such architecture", () => `${file("arch.mjs", backend(""))}:two`, "backend x has no architecture 'two'; it has one"],
     ["no such architecture in the tree", () => "cpp:sm_90a", "backend cpp has no architecture 'sm_90a'"],
   ];

@@ -16,9 +16,9 @@ import { tokenKernels } from "../backends/cpp/tokens.ts";
 import {
   Builder,
   concrete,
+  type DType,
   decode,
   drawTensor,
-  type DType,
   dtypes,
   encode,
   evaluate,
@@ -64,7 +64,8 @@ test("every sample of every op that has no contraction or cache", { timeout: 900
   const others = [...contractions, "kv_append", "attention"];
   expect(report.lacking).toEqual(others);
   const epilogues = knowledge("fused").samples.filter((s) => s.body?.ops.some((op) => contractions.includes(op.kind)));
-  const expected = (r: SampleResult): boolean => others.includes(r.op) || (r.op === "fused" && epilogues.some((s) => s.name === r.sample));
+  const expected = (r: SampleResult): boolean =>
+    others.includes(r.op) || (r.op === "fused" && epilogues.some((s) => s.name === r.sample));
   expect(report.results.filter((r) => r.status !== "matched" && !expected(r))).toEqual([]);
   const wrong = report.results.filter((r) => Object.values(r.errors ?? {}).some((e) => !(e <= 0.25)));
   expect(wrong).toEqual([]);
@@ -82,27 +83,39 @@ interface Job {
   readonly text: string;
 }
 
-const jobOf = (name: string, build: (b: Builder) => readonly Value[], tokens: number, inputs: ReadonlyMap<string, Tensor>): Job => {
+const jobOf = (
+  name: string,
+  build: (b: Builder) => readonly Value[],
+  tokens: number,
+  inputs: ReadonlyMap<string, Tensor>,
+): Job => {
   const b = new Builder(name, [{ name: "T", min: 0, max: 1024, multiple: 1, source: "host" }]);
   for (const v of build(b)) b.output(v);
   const graph = b.build();
   const op = graph.ops[0] as Op;
   const why: string[] = [];
   const target = { arch: "any", symbols: graph.symbols, decline: (reason: string): undefined => void why.push(reason) };
-  const plan = rowKernel.match(op, target);
-  if (!plan) throw new Error(`${name}: ${why.join("; ")}`);
-  return { name, graph, op, inputs, tokens, text: rowKernel.render(plan.context, name) };
+  for (const template of kernels) {
+    const plan = template.match(op, target);
+    if (plan) return { name, graph, op, inputs, tokens, text: template.render(plan.context, name) };
+  }
+  throw new Error(`${name}: ${why.join("; ")}`);
 };
 
 const libraryOf = (jobs: readonly Job[]): string =>
   buildProgram(
-    assemble({ role: "attention", arch: "any", kernels: jobs.map((j) => ({ name: j.name, about: "", text: j.text, scratch: 0 })) }),
+    assemble({
+      role: "attention",
+      arch: "any",
+      kernels: jobs.map((j) => ({ name: j.name, about: "", text: j.text, scratch: 0 })),
+    }),
     options,
   );
 
 const sizeOf = (v: Value, tokens: number): number =>
   concrete(v.type as TensorType, new Map([["T", tokens]])).shape.reduce((a, b) => a * b, 1);
-const bytesOf = (v: Value, tokens: number): number => encode((v.type as TensorType).dtype, new Float64Array(sizeOf(v, tokens))).length;
+const bytesOf = (v: Value, tokens: number): number =>
+  encode((v.type as TensorType).dtype, new Float64Array(sizeOf(v, tokens))).length;
 
 /** Results of jobs, by job and output. */
 const runJobs = (library: string, jobs: readonly Job[], isa: string): readonly (readonly Uint8Array[])[] =>
@@ -151,8 +164,50 @@ const edgesOf = (dtype: "bf16" | "f16" | "e4m3" | "e5m2"): number[] => {
     return [x, next(x, true), half, next(half, true), next(half, false), -x, -half, -next(half, true)];
   });
 };
-const special = [0, -0, Infinity, -Infinity, NaN, 2 ** -149, -(2 ** -149), 3.4028234663852886e38, 448, 464, 465, 57344, 61439, 61440, 65504, 65519, 65520];
-const integers = [-0.5, 0.5, 1.5, 2.5, 126.5, 127.5, 128.5, -128.5, -129, 255.5, 256, 32767.5, 32768, -32768.5, 65535.5, 65536, 2 ** 24 + 1, 2 ** 31, -(2 ** 31), 2 ** 32, 3e9, 1e20, -1e20];
+const special = [
+  0,
+  -0,
+  Infinity,
+  -Infinity,
+  NaN,
+  2 ** -149,
+  -(2 ** -149),
+  3.4028234663852886e38,
+  448,
+  464,
+  465,
+  57344,
+  61439,
+  61440,
+  65504,
+  65519,
+  65520,
+];
+const integers = [
+  -0.5,
+  0.5,
+  1.5,
+  2.5,
+  126.5,
+  127.5,
+  128.5,
+  -128.5,
+  -129,
+  255.5,
+  256,
+  32767.5,
+  32768,
+  -32768.5,
+  65535.5,
+  65536,
+  2 ** 24 + 1,
+  2 ** 31,
+  -(2 ** 31),
+  2 ** 32,
+  3e9,
+  1e20,
+  -1e20,
+];
 
 const columns = 512;
 const tensorOf = (dtype: DType, data: readonly number[]): Tensor => {
@@ -166,7 +221,12 @@ const tensorOf = (dtype: DType, data: readonly number[]): Tensor => {
 
 /** One elementwise op over all of `data`. */
 const elementJob = (name: string, kind: string, data: Tensor, attrs: Record<string, string> = {}): Job =>
-  jobOf(name, (b) => b.ops(kind, [b.input("x", tensor(data.dtype, ["T", columns]))], attrs), data.shape[0] as number, new Map([["x", data]]));
+  jobOf(
+    name,
+    (b) => b.ops(kind, [b.input("x", tensor(data.dtype, ["T", columns]))], attrs),
+    data.shape[0] as number,
+    new Map([["x", data]]),
+  );
 
 const conversions = (): Job[] => {
   const random = randomNumbers(7);
@@ -191,9 +251,22 @@ const conversions = (): Job[] => {
       .flatMap((x) => [x * (1 + 2 ** -40), x * (1 - 2 ** -40), x]);
   for (const to of ["bf16", "f16", "e4m3", "e5m2"] as const)
     jobs.push(elementJob(`from_f64_to_${to}`, "cast", tensorOf("f64", nearHalves(to)), { to }));
-  jobs.push(elementJob("from_i32_to_bf16", "cast", tensorOf("i32", [16842752 + 65536, 16842753 + 65536, 2 ** 30 + 2 ** 22 + 1, ...integers]), { to: "bf16" }));
+  jobs.push(
+    elementJob(
+      "from_i32_to_bf16",
+      "cast",
+      tensorOf("i32", [16842752 + 65536, 16842753 + 65536, 2 ** 30 + 2 ** 22 + 1, ...integers]),
+      { to: "bf16" },
+    ),
+  );
   for (const kind of ["floor", "ceil", "nearest", "sqrt", "reciprocal", "abs", "neg"])
-    jobs.push(elementJob(`${kind}_exact`, kind, tensorOf("f32", [...f32, 8388607.5, 8388608, -8388609, 4194303.5, 0.49999997, -0.7, -0.3])));
+    jobs.push(
+      elementJob(
+        `${kind}_exact`,
+        kind,
+        tensorOf("f32", [...f32, 8388607.5, 8388608, -8388609, 4194303.5, 0.49999997, -0.7, -0.3]),
+      ),
+    );
   return jobs;
 };
 
@@ -218,6 +291,66 @@ const functionJobs = (): Job[] =>
     const small = Array.from({ length: 2_000 }, () => (from < 0 ? random() - 0.5 : random()) * 2 ** -Math.floor(random() * 140));
     return elementJob(`function_${kind}`, kind, tensorOf("f32", [...special, ...inside, ...small]));
   });
+
+// --- choosing -----------------------------------------------------------------------------------------------------------------
+
+/** Rows of logits: scattered, with ties, with infinities, with a NaN, flat, and one far above all others. */
+const logitRows = (rows: number, columns: number, random: () => number): Tensor => {
+  const data = new Float64Array(rows * columns);
+  for (let r = 0; r < rows; r++) {
+    const kind = r % 8;
+    for (let c = 0; c < columns; c++) {
+      const x = (random() + random() + random() - 1.5) * 12;
+      data[r * columns + c] = Math.fround(kind === 1 ? Math.round(x) : kind === 5 ? -0 : x);
+    }
+    const somewhere = r * columns + Math.floor(random() * columns);
+    if (kind === 2) data[somewhere] = -Infinity;
+    if (kind === 3) data[somewhere] = Number.NaN;
+    if (kind === 4) data[somewhere] = Infinity;
+    if (kind === 5) data[somewhere] = 0;
+    if (kind === 6) data[somewhere] = 200;
+  }
+  return { kind: "tensor", dtype: "f32", shape: [rows, columns], data };
+};
+
+const choosingJobs = (): Job[] => {
+  const random = randomNumbers(11);
+  const rows = 240;
+  const list = (dtype: DType, element: (r: number) => number): Tensor => ({
+    kind: "tensor",
+    dtype,
+    shape: [rows],
+    data: Float64Array.from({ length: rows }, (_, r) => roundTo(dtype, element(r))),
+  });
+  const sample = (columns: number): Job =>
+    jobOf(
+      `sample_${columns}`,
+      (b) =>
+        b.ops("sample", [
+          b.input("logits", tensor("f32", ["T", columns])),
+          b.input("temperature", tensor("f32", ["T"])),
+          b.input("top_p", tensor("f32", ["T"])),
+          b.input("seed", tensor("u32", ["T"])),
+          b.input("position", tensor("i32", ["T"])),
+        ]),
+      rows,
+      new Map([
+        ["logits", logitRows(rows, columns, random)],
+        ["temperature", list("f32", (r) => [0, 0.2, 0.7, 1, 4][r % 5] as number)],
+        ["top_p", list("f32", (r) => [1, 0.9, 0.5, 0.05, 0, 0.99, 2][r % 7] as number)],
+        ["seed", list("u32", () => Math.floor(random() * 2 ** 32))],
+        ["position", list("i32", (r) => r * 977)],
+      ]),
+    );
+  const topk = (columns: number, k: number): Job =>
+    jobOf(
+      `topk_${columns}_${k}`,
+      (b) => b.ops("topk", [b.input("p", tensor("f32", ["T", columns]))], { k }),
+      rows,
+      new Map([["p", logitRows(rows, columns, random)]]),
+    );
+  return [sample(1), sample(37), sample(700), topk(48, 3), topk(131, 131), topk(9, 1)];
+};
 
 // --- random fused bodies ------------------------------------------------------------------------------------------------------
 
@@ -247,7 +380,8 @@ const randomJob = (seed: number, exact: boolean): Job => {
   const outer: TensorType[] = [];
   const given: Tensor[] = [];
   const pool: Pool[] = [];
-  const type = (dtype: DType, width: number, bare: boolean): TensorType => tensor(dtype, [...(bare ? [] : axes), ...(bare && width === 1 ? [] : [width])]);
+  const type = (dtype: DType, width: number, bare: boolean): TensorType =>
+    tensor(dtype, [...(bare ? [] : axes), ...(bare && width === 1 ? [] : [width])]);
   const input = (dtype: DType, width: number, bare: boolean): void => {
     const t = type(dtype, width, bare);
     given.push(drawTensor(concrete(t, symbols), choose(random, ["normal", "positive", "unit"] as const), random));
@@ -263,7 +397,15 @@ const randomJob = (seed: number, exact: boolean): Job => {
 
   const dtypeOf = (p: Pool): DType => (p.v.type as TensorType).dtype;
   const add = (kind: string, from: readonly Pool[], attrs: Record<string, string | number>, width: number): Pool => {
-    const made = { v: body.op(kind, from.map((p) => p.v), attrs), width, bare: from.every((p) => p.bare) };
+    const made = {
+      v: body.op(
+        kind,
+        from.map((p) => p.v),
+        attrs,
+      ),
+      width,
+      bare: from.every((p) => p.bare),
+    };
     pool.push(made);
     return made;
   };
@@ -281,7 +423,9 @@ const randomJob = (seed: number, exact: boolean): Job => {
     const x = some(number) as Pool;
     const r = random();
     if (r < 0.2) {
-      const unary = exact ? ["neg", "abs", "sqrt", "floor", "ceil", "nearest"] : ["tanh", "sigmoid", "silu", "gelu", "erf", "neg", "cos"];
+      const unary = exact
+        ? ["neg", "abs", "sqrt", "floor", "ceil", "nearest"]
+        : ["tanh", "sigmoid", "silu", "gelu", "erf", "neg", "cos"];
       const kind = choose(random, isFloat(x) ? unary : ["neg", "abs"]);
       add(kind, [x], {}, x.width);
     } else if (r < 0.55) {
@@ -305,7 +449,8 @@ const randomJob = (seed: number, exact: boolean): Job => {
     } else if (r < 0.88) {
       const narrow = some((p) => !p.bare && p.width === groups && groups > 1);
       if (narrow) add("spread", [narrow], { group, size: n }, n);
-    } else if (exact) add("cast", [x], { to: choose(random, ["f32", "bf16", "f16", "e4m3", "i8", "i32", "e5m2"] as const) }, x.width);
+    } else if (exact)
+      add("cast", [x], { to: choose(random, ["f32", "bf16", "f16", "e4m3", "i8", "i32", "e5m2"] as const) }, x.width);
     else pool.push({ v: body.op("const", [], { value: random() * 2 - 1, dtype: "f32" }), width: 1, bare: true });
   }
   const made = body.build();
@@ -319,7 +464,11 @@ const randomJob = (seed: number, exact: boolean): Job => {
   const inputs = new Map(given.map((t, i): [string, Tensor] => [`x${i}`, t]));
   return jobOf(
     `${exact ? "exact" : "smooth"}_${seed}`,
-    (b) => b.fused(outer.map((t, i) => b.input(`x${i}`, t)), { ...made, outputs }),
+    (b) =>
+      b.fused(
+        outer.map((t, i) => b.input(`x${i}`, t)),
+        { ...made, outputs },
+      ),
     tokens,
     inputs,
   );
@@ -329,7 +478,8 @@ const exactJobs = Array.from({ length: 70 }, (_, i) => randomJob(i, true));
 const smoothJobs = Array.from({ length: 25 }, (_, i) => randomJob(i, false));
 const conversionJobs = conversions();
 const accuracyJobs = functionJobs();
-const everything = [...conversionJobs, ...accuracyJobs, ...exactJobs, ...smoothJobs];
+const choices = choosingJobs();
+const everything = [...conversionJobs, ...choices, ...accuracyJobs, ...exactJobs, ...smoothJobs];
 
 describe("kernels in one program", () => {
   let built: string | undefined;
@@ -344,7 +494,9 @@ describe("kernels in one program", () => {
     return found;
   };
   const resultOf = (job: Job, isa: string): readonly Uint8Array[] => on(isa)[everything.indexOf(job)] as readonly Uint8Array[];
-  const outputsOf = (job: Job): Tensor[] => [...evaluate(job.graph, job.inputs, undefined, undefined, new Map([["T", job.tokens]])).values()];
+  const outputsOf = (job: Job): Tensor[] => [
+    ...evaluate(job.graph, job.inputs, undefined, undefined, new Map([["T", job.tokens]])).values(),
+  ];
 
   test("it builds", { timeout: 900_000 }, () => {
     expect(isasOf(library())).toContain("baseline");
@@ -354,11 +506,14 @@ describe("kernels in one program", () => {
     const [first, ...others] = isasOf(library());
     for (const isa of others)
       for (const [i, job] of everything.entries())
-        expect((on(isa)[i] as Uint8Array[]).map(hex), `${job.name} on ${isa}\n${job.text}`).toEqual((on(first as string)[i] as Uint8Array[]).map(hex));
+        expect((on(isa)[i] as Uint8Array[]).map(hex), `${job.name} on ${isa}\n${job.text}`).toEqual(
+          (on(first as string)[i] as Uint8Array[]).map(hex),
+        );
   });
 
   for (const [what, jobs] of [
     ["conversions are bit for bit the interpreter's", conversionJobs],
+    ["top-k and sampling choose what the interpreter does", choices],
     ["random bodies of correctly rounded ops are bit for bit the interpreter's", exactJobs],
   ] as const)
     test(what, () => {
@@ -375,7 +530,9 @@ describe("kernels in one program", () => {
     for (const job of smoothJobs) {
       const bytes = resultOf(job, "baseline");
       outputsOf(job).forEach((t, i) => {
-        expect(errorOf(t, decode(t.dtype, bytes[i] as Uint8Array)), `${job.name}, output ${i}\n${job.text}`).toBeLessThanOrEqual(4);
+        expect(errorOf(t, decode(t.dtype, bytes[i] as Uint8Array)), `${job.name}, output ${i}\n${job.text}`).toBeLessThanOrEqual(
+          4,
+        );
       });
     }
   });
@@ -400,7 +557,9 @@ describe("kernels in one program", () => {
   });
 
   test("a row's bits depend on nothing but that row", () => {
-    const jobs = [...exactJobs, ...smoothJobs].filter((j) => j.op.outputs.every((v) => String((v.type as TensorType).shape[0]).includes("T")));
+    const jobs = [...exactJobs, ...smoothJobs].filter((j) =>
+      j.op.outputs.every((v) => String((v.type as TensorType).shape[0]).includes("T")),
+    );
     const isa = isasOf(library()).at(-1) as string;
     /** the tensors of a job with other tokens: `from` lists, for each token of a segment, the token of the original */
     const runs = jobs.map((job) => {
@@ -423,9 +582,17 @@ describe("kernels in one program", () => {
         ...job.op.inputs.map((v) => ({ read: spreadOut(v) })),
         ...job.op.outputs.map((v) => ({ written: bytesOf(v, stride * segments.length) })),
       ];
-      return { job, segments, stride, run: { kernel: job.name, isa, threads: 3, rows: segments.map((s) => s.length), stride, args } };
+      return {
+        job,
+        segments,
+        stride,
+        run: { kernel: job.name, isa, threads: 3, rows: segments.map((s) => s.length), stride, args },
+      };
     });
-    const answers = runKernels(library(), runs.map((r) => r.run));
+    const answers = runKernels(
+      library(),
+      runs.map((r) => r.run),
+    );
     runs.forEach(({ job, segments, stride }, i) => {
       const whole = resultOf(job, isa);
       (answers[i]?.outputs ?? []).forEach((bytes, o) => {
@@ -449,7 +616,9 @@ describe("kernels in one program", () => {
       expect(files.length).toBeGreaterThan(1);
       for (const file of files) {
         const symbols = execFileSync("nm", ["-C", "--defined-only", "--extern-only", join(objects, file)], { encoding: "utf8" });
-        const foreign = symbols.split("\n").filter((line) => line !== "" && !line.includes(`s3::${isa}::`) && !/ (DW\.ref|_GLOBAL_OFFSET)/.test(line));
+        const foreign = symbols
+          .split("\n")
+          .filter((line) => line !== "" && !line.includes(`s3::${isa}::`) && !/ (DW\.ref|_GLOBAL_OFFSET)/.test(line));
         expect(foreign).toEqual([]);
       }
     }
@@ -464,12 +633,18 @@ describe("generated C++ reads like this", () => {
   const goldens: Readonly<Record<string, (b: Builder) => readonly Value[]>> = {
     // the residual of a block, the norm of the next, and its input quantised for fp8
     norm_quantise: (b) => {
-      const sum = bf16(b, b.op("add", [f32(b, b.input("x", tensor("bf16", ["T", 256]))), b.input("p", tensor("f32", ["T", 256]))]));
+      const sum = bf16(
+        b,
+        b.op("add", [f32(b, b.input("x", tensor("bf16", ["T", 256]))), b.input("p", tensor("f32", ["T", 256]))]),
+      );
       const wide = f32(b, sum);
       const mean = b.op("reduce", [b.op("mul", [wide, wide])], { fn: "mean" });
       const scale = b.op("rsqrt", [b.op("add", [mean, b.op("const", [], { value: 1e-5, dtype: "f32" })])]);
       const normal = f32(b, b.op("mul", [bf16(b, b.op("mul", [wide, scale])), b.input("w", tensor("bf16", [256]))]));
-      const raw = b.op("div", [b.op("reduce", [normal], { fn: "amax", group: 128 }), b.op("const", [], { value: 448, dtype: "f32" })]);
+      const raw = b.op("div", [
+        b.op("reduce", [normal], { fn: "amax", group: 128 }),
+        b.op("const", [], { value: 448, dtype: "f32" }),
+      ]);
       const zero = b.op("equal", [raw, b.op("const", [], { value: 0, dtype: "f32" })]);
       const scales = b.op("where", [zero, b.op("const", [], { value: 1, dtype: "f32" }), raw]);
       const codes = b.op("cast", [b.op("div", [normal, b.op("spread", [scales], { group: 128, size: 256 })])], { to: "e4m3" });
@@ -492,8 +667,15 @@ describe("generated C++ reads like this", () => {
     const outputs = build(inner);
     const body = { ...inner.build(), outputs };
     const random = randomNumbers(n);
-    const inputs = body.inputs.map((v): [string, Tensor] => [v.name, drawTensor(concrete(v.type as TensorType, new Map([["T", tokens]])), "normal", random)]);
-    const outer = (b: Builder): readonly Value[] => b.fused(body.inputs.map((v) => b.input(v.name, v.type as TensorType)), body);
+    const inputs = body.inputs.map((v): [string, Tensor] => [
+      v.name,
+      drawTensor(concrete(v.type as TensorType, new Map([["T", tokens]])), "normal", random),
+    ]);
+    const outer = (b: Builder): readonly Value[] =>
+      b.fused(
+        body.inputs.map((v) => b.input(v.name, v.type as TensorType)),
+        body,
+      );
     return jobOf(name, outer, tokens, new Map(inputs));
   });
   const folder = join(root, "test", "golden", "cpp");
@@ -502,8 +684,14 @@ describe("generated C++ reads like this", () => {
     test(`${job.name}.cpp`, () => {
       const golden = join(folder, `${job.name}.cpp`);
       if (process.env.BLESS === "1") writeFileSync(golden, job.text);
-      expect(job.text).toBe(existsSync(golden) ? readFileSync(golden, "utf8") : "no golden yet: look at the output, then set BLESS=1");
+      expect(job.text).toBe(
+        existsSync(golden) ? readFileSync(golden, "utf8") : "no golden yet: look at the output, then set BLESS=1",
+      );
     });
+
+  test("no golden is left over", () => {
+    expect(readdirSync(folder).sort()).toEqual(jobs.map((j) => `${j.name}.cpp`).sort());
+  });
 
   test("and computes what the interpreter does", { timeout: 300_000 }, () => {
     const library = libraryOf(jobs);

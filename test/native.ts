@@ -55,16 +55,17 @@ export const buildRunner = (name: string = "run_kernel"): string => {
   const source = join(root, "test", "native", `${name}.cpp`);
   const header = join(root, "runtime", "step3.h");
   const folder = once(name, [readFileSync(source, "utf8"), readFileSync(header, "utf8")], (work) => {
-    command(process.env.CXX ?? "c++", ["-std=c++20", "-O1", "-pthread", `-I${dirname(header)}`, source, "-o", join(work, name), "-ldl"], work);
+    command(
+      process.env.CXX ?? "c++",
+      ["-std=c++20", "-O1", "-pthread", `-I${dirname(header)}`, source, "-o", join(work, name), "-ldl"],
+      work,
+    );
   });
   return join(folder, name);
 };
 
 /** `read`: bytes given; `written`: a size; `both`: bytes given, and wanted back. */
-export type KernelArgument =
-  | { readonly read: Uint8Array }
-  | { readonly written: number }
-  | { readonly both: Uint8Array };
+export type KernelArgument = { readonly read: Uint8Array } | { readonly written: number } | { readonly both: Uint8Array };
 
 export interface KernelRun {
   readonly kernel: string;

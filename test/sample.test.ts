@@ -114,7 +114,7 @@ describe("precision policies", () => {
     ["bf16", "int8", 0.01],
     ["fp8", "fp8", 0.01],
   ] as const)
-    test(`weights ${precision}, KV ${kv}: perplexity within ${bound * 100} % of float64`, async () => {
+    test(`weights ${precision}, KV ${kv}: perplexity within ${bound * 100} % of the bf16 bundle`, async () => {
       const other = await compileSample(join(work.path, `${precision}-${kv}.s3`), { precision, kv });
       const { total } = await score(other, heldout().slice(0, 8), { transport: "local" }, silent);
       const base = await score(bundle, heldout().slice(0, 8), { transport: "local" }, silent);

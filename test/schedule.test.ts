@@ -184,7 +184,7 @@ describe("buffers", () => {
       const size = new Map(buffers.filter((b) => b.region === "scratch").map((b) => [b.name, b.bytes]));
       const last = new Map<string, number>();
       const names = (x: Step): string[] => (x.op === "launch" ? [...x.in, ...x.out] : []);
-      program.forEach((x, at) => names(x).forEach((n) => void last.set(n, at)));
+      for (const [at, x] of program.entries()) for (const n of names(x)) last.set(n, at);
       let used = 0;
       let most = 0;
       const live = new Set<string>();

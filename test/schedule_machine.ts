@@ -134,8 +134,8 @@ class Machine {
     // some runs have a slow network, others a slow device, others a slow rank
     const slow = new Map<string, number>();
     const weight = (what: string): number => {
-      let w = slow.get(what);
-      if (w === undefined) slow.set(what, (w = this.random() < 0.3 ? 0.01 : this.random()));
+      const w = slow.get(what) ?? (this.random() < 0.3 ? 0.01 : this.random());
+      slow.set(what, w);
       return w;
     };
     for (const rank of this.ranks) this.begin(rank);
@@ -280,7 +280,7 @@ class Machine {
     after: number | undefined,
     arrived: () => void,
   ): void {
-    if (after === undefined) return fault(`${from.program.rank.name} sends after a launch that it has not issued`);
+    if (after === undefined) throw new Fault(`${from.program.rank.name} sends after a launch that it has not issued`);
     const a = direction === "a2f" ? from : to;
     const f = direction === "a2f" ? to : from;
     const type = this.schedule.types.find((t) => t.name === this.schedule.exchanges[exchange]);
@@ -295,10 +295,10 @@ class Machine {
           k.slot === slot &&
           k.field === field.name,
       );
-      if (!key) return fault(`${field.name} has no key`);
+      if (!key) throw new Fault(`${field.name} has no key`);
       const source = from.byName.get(key.source);
       const target = to.byName.get(key.target);
-      if (!source || !target) return fault(`key ${key.key} names no buffer`);
+      if (!source || !target) throw new Fault(`key ${key.key} names no buffer`);
       const segment = (b: Buffer, rank: Rank): number => (rank === f ? a.program.rank.index : 0) * (b.bytes / b.segments);
       if (source.bytes / source.segments !== field.bytes || target.bytes / target.segments !== field.bytes)
         fault(`lengths of ${field.name} differ`);

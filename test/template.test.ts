@@ -12,12 +12,17 @@ const render = (text: string, context: object, partials: Record<string, string> 
 describe("what templates do", () => {
   const cases: readonly [what: string, text: string, context: object, result: string, partials?: Record<string, string>][] = [
     ["names and members", "{{a}} {{b.c}} {{xs.length}}", { a: 1, b: { c: "two" }, xs: [1, 2, 3] }, "1 two 3"],
-    ["no escaping", "{{a}} {{{a}}} {{#if yes}}{{a}}{{/if}}", { a: '<&"\'>', yes: true }, "<&\"'> <&\"'> <&\"'>"],
+    ["no escaping", "{{a}} {{{a}}} {{#if yes}}{{a}}{{/if}}", { a: "<&\"'>", yes: true }, "<&\"'> <&\"'> <&\"'>"],
     ["numbers side by side are not added", "{{#each xs}}{{@index}}{{this}}{{/each}}", { xs: [5, 6] }, "0516"],
     ["zero, false and the empty text are values", "{{zero}}{{no}}[{{empty}}]", { zero: 0, no: false, empty: "" }, "0false[]"],
     ["if, else if, else", "{{#if a}}a{{else if b}}b{{else}}c{{/if}}", { a: false, b: 0 }, "c"],
     ["unless", "{{#unless a}}no a{{/unless}}", { a: false }, "no a"],
-    ["each with the outer context", "{{#each xs}}{{this}}{{../y}}{{#unless @last}}, {{/unless}}{{/each}}", { xs: [1, 2], y: "!" }, "1!, 2!"],
+    [
+      "each with the outer context",
+      "{{#each xs}}{{this}}{{../y}}{{#unless @last}}, {{/unless}}{{/each}}",
+      { xs: [1, 2], y: "!" },
+      "1!, 2!",
+    ],
     ["each over nothing", "{{#each xs}}x{{else}}none{{/each}}", { xs: [] }, "none"],
     ["each over an object", "{{#each o}}{{@key}}={{this}};{{/each}}", { o: { a: 1, b: 2 } }, "a=1;b=2;"],
     ["block parameters", "{{#each xs as |v i|}}{{i}}:{{v.n}} {{/each}}", { xs: [{ n: 7 }, { n: 8 }] }, "0:7 1:8 "],
@@ -74,8 +79,7 @@ describe("templates compute nothing", () => {
     ["a partial that is not there", "{{> q this}}", "template x.hbs: no partial 'q'"],
     ["bad syntax", "a\n{{b", "template x.hbs: Parse error on line 2"],
   ];
-  for (const [what, text, message] of cases)
-    test(what, () => expect(() => render(text, {})).toThrow(message));
+  for (const [what, text, message] of cases) test(what, () => expect(() => render(text, {})).toThrow(message));
 });
 
 describe("files", () => {

@@ -5,7 +5,7 @@ import { join } from "node:path";
 import { crc32 } from "node:zlib";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import type { Layout } from "../backends/backend.ts";
-import { createConverter, quantisedValue } from "../compiler/convert.ts";
+import { createConverter, largestCode, quantisedValue } from "../compiler/convert.ts";
 import { type Checkpoint, openCheckpoint } from "../compiler/frontends/checkpoint.ts";
 import { readSafetensors, type StoredDType, writeSafetensors } from "../compiler/frontends/safetensors.ts";
 import { createHasher, type HashName } from "../compiler/hash.ts";
@@ -47,6 +47,9 @@ beforeAll(() => {
     stored("codes", "F8_E4M3", [3, 37, 50], 6),
     stored("codes_scale", "F32", [3, 5, 7], 7),
     stored("wide", "BF16", [130, 300], 8),
+    stored("even", "BF16", [64, 512], 10),
+    stored("even_codes", "F8_E4M3", [2, 64, 512], 11),
+    stored("even_codes_scale", "F32", [2, 4, 8], 12),
     stored("unused", "F32", [3, 3], 9),
   ]);
   checkpoint = openCheckpoint(directory);
@@ -174,6 +177,31 @@ const cases = (): Weight[] => {
       quantised({ kind: "tensor", tensor: "wide" }, [130, 300], to, [128, 128], cut);
       quantised({ kind: "tensor", tensor: "wide" }, [130, 300], to, [1, 300], cut);
     }
+  const evenly = { kind: "dequantised", tensor: "even_codes", scales: "even_codes_scale", block: [16, 64] } as const;
+  add("bf16", [2, 64, 512], evenly);
+  add("bf16", [1, 30, 256], {
+    ...evenly,
+    slice: [
+      [1, 2],
+      [3, 33],
+      [128, 384],
+    ],
+  });
+  for (const cut of [
+    whole,
+    (s: number[]): Slice => [
+      [0, s[0] as number],
+      [0, (s[1] as number) / 2],
+    ],
+  ])
+    for (const to of ["e4m3", "i8"] as const)
+      for (const block of [
+        [32, 64],
+        [1, 512],
+      ] as const) {
+        if (block[0] === 1 && cut !== whole) continue;
+        quantised({ kind: "tensor", tensor: "even" }, [64, 512], to, block, cut);
+      }
   add("f32", [40, 16], { kind: "rope", theta: 10000, positions: 40, dim: 16 });
   add("bf16", [2, 3], { kind: "literal", values: [1, -2, 3.1, 4, 5e-9, -0] });
   return all;
@@ -336,10 +364,10 @@ describe("digests", () => {
 
 describe("conversion", () => {
   /** every bf16 value against scales that make ties, saturation and underflow */
-  test.each(["e4m3", "i8"] as const)("%s codes of every finite bf16 value, by table and by arithmetic", (to) => {
+  test.each(["e4m3", "i8"] as const)("%s codes of every finite bf16 value, by vectors and one by one", (to) => {
     for (const scale of [1, 0.25, 1.37e-3, 3.3e33, 1e-40, 2 ** -126]) {
-      // i8 codes are symmetrical only as far as a scale of the block's own largest value leads
-      const most = to === "i8" ? scale * 127 : Number.POSITIVE_INFINITY;
+      // quotients may be beyond the largest code by any amount: codes saturate
+      const most = Number.POSITIVE_INFINITY;
       const bits = Uint16Array.from({ length: 65536 }, (_, i) => i).filter(
         (b) => (b & 0x7fff) < 0x7f80 && Math.abs(floatValue("bf16", b)) <= most,
       );
@@ -359,14 +387,18 @@ describe("conversion", () => {
   });
 
   test("a block's scale is f32(amax / 448), or 1", () => {
+    const converter = createConverter();
     const draw = random(5);
     for (let i = 0; i < 200; i++) {
       const x = Float32Array.from({ length: 40 }, () => (draw() - 0.5) * 2 ** Math.floor(draw() * 280 - 150));
       if (i === 0) x.fill(0);
       const amax = x.reduce((a, b) => Math.max(a, Math.abs(b)), 0);
       const region = { bytes: new Uint8Array(x.buffer), dtype: "f32", rows: 1, columns: 40, stride: 40 } as const;
-      expect(createConverter().scaleOf(region, "e4m3")).toBe(Math.fround(amax / 448) || 1);
-      expect(createConverter().scaleOf(region, "i8")).toBe(Math.fround(amax / 127) || 1);
+      for (const to of ["e4m3", "i8"] as const) {
+        expect([...converter.scales(region, 40, to)]).toEqual([Math.fround(amax / largestCode[to]) || 1]);
+        const halves = [x.subarray(0, 23), x.subarray(23)].map((h) => h.reduce((a, b) => Math.max(a, Math.abs(b)), 0));
+        expect([...converter.scales(region, 23, to)]).toEqual(halves.map((a) => Math.fround(a / largestCode[to]) || 1));
+      }
     }
   });
 

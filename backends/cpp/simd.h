@@ -6,7 +6,9 @@
 #include "formats.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized" /* the undefined operands of g++ 12's own intrinsics */
+/* the undefined operands of g++ 12's own intrinsics */
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 
 namespace s3 {

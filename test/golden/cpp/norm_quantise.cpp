@@ -1,3 +1,4 @@
+#include "rows.h"
 // rows bf16[T,256], f32[T,256], bf16[256] -> bf16[T,256], e4m3[T,256], f32[T,2]: cast add cast cast mul mean add rsqrt mul cast mul cast amax div equal where spread div cast
 void norm_quantise(const s3_call *c) {
   const bf16 *const in0 = static_cast<const bf16 *>(c->args[0]); // bf16[T,256]

@@ -1,3 +1,4 @@
+#include "rows.h"
 // rows f32[T,48] -> f32[T,48]: max sub exp sum div
 void softmax(const s3_call *c) {
   const float *const in0 = static_cast<const float *>(c->args[0]); // f32[T,48]

@@ -1,3 +1,4 @@
+#include "rows.h"
 // rows f32[3*T,5120], f32[3*T,5120] -> bf16[3*T,5120]: silu mul cast
 void swiglu(const s3_call *c) {
   const float *const in0 = static_cast<const float *>(c->args[0]); // f32[3*T,5120]
