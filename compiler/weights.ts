@@ -294,7 +294,7 @@ const cut = (values: Values, slice: Slice | undefined): Values => {
 const windowBytes = 32 << 20;
 const mostInFlight = 128 << 20;
 /** Elements made at a time. */
-const mostElements = 60;
+const mostElements = 8 << 20;
 /** Bytes that a file's digest may lag behind while earlier ones are not there yet. */
 const mostDeferred = 64 << 20;
 const windowBuffers = 3;

@@ -199,7 +199,7 @@ Manifest readManifest(const JsonFile &file, std::vector<std::string> &schedules)
     facts.target = p["target"].text();
     facts.device = p["device"].text();
     for (const Json &k : p["kernels"].items()) {
-      KernelFacts kernel{k["name"].text(), {}};
+      KernelFacts kernel{k["name"].text(), static_cast<std::uint64_t>(k["scratch"].whole(0, max_bytes)), {}};
       if (const Json *args = k.find("args"))
         for (const Json &a : args->items()) kernel.args.push_back(a.text());
       facts.kernels.emplace(kernel.name, std::move(kernel));

@@ -121,6 +121,7 @@ struct Schedule {
 
 struct KernelFacts {
   std::string name;
+  std::uint64_t scratch = 0;
   std::vector<std::string> args;  // `bf16[T,256]` in launch order; empty: not said
 };
 struct ProgramFacts {

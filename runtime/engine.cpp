@@ -53,6 +53,11 @@ void Engine::open() {
   const std::string &library = rank_.role == Role::attention ? options_.program_attention : options_.program_ffn;
   std::string options = say("{\"threads\":", options_.threads, ",\"spin\":", options_.spin);
   if (!options_.isa.empty()) options += ",\"isa\":" + jsonText(options_.isa);
+  // what the manifest says of the kernels, so that programs of another bundle are noticed
+  std::string kernels;
+  for (const auto &[name, facts] : bundle_.manifest.program(rank_.role).kernels)
+    kernels += say(kernels.empty() ? "" : ",", jsonText(name), ":", facts.scratch);
+  options += ",\"kernels\":{" + kernels + "}";
   dev(device_->open(static_cast<int>(bundle_.number(rank_)), library.c_str(), (options + "}").c_str(), &dev_), "device");
   dev(device_->queue(dev_, &queue_), "device queue");
   allocate();

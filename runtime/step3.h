@@ -49,7 +49,8 @@ typedef struct {
 /* A device driver, from s3_device_v1() in runtime/devices or in a plugin's library. Used by one thread at a time. */
 typedef struct {
   uint32_t abi, caps;
-  /* program: the compiled library of this side, options: device options as JSON ({"threads":2,"isa":"avx2","spin":2000}) */
+  /* program: the compiled library of this side, options: device options as JSON ({"threads":2,"isa":"avx2","spin":2000,
+     "kernels":{"k0_linear":4096}}: the kernels that the manifest has, and their scratch); what a driver does not know it ignores */
   int (*open)(int ordinal, const char *program, const char *options, s3_dev **);
   void (*close)(s3_dev *);
   int (*alloc)(s3_dev *, uint64_t bytes, uint64_t align, uint32_t shared, s3_span *); /* zeroed; shared: share() will be asked for it */

@@ -1,7 +1,7 @@
 import { describe, expect, test } from "vitest";
 import { certify } from "../compiler/certify.ts";
 import { type Certificate, type CheckRule, checkSchedule, checkShared, createChecker, type Verdict } from "../ir/check.ts";
-import type { Schedule } from "../ir/schedule.ts";
+import type { Schedule, Step } from "../ir/schedule.ts";
 import { certified, layeredGraph, scheduleOf, smallShape, step3Shape, tinyShape } from "./schedule_graphs.ts";
 import { Contents, type Outcome, randomOf, run } from "./schedule_machine.ts";
 import { type MutantKind, mutantKinds, mutants, randomEdit } from "./schedule_mutants.ts";
@@ -174,6 +174,56 @@ describe("agreement with a machine that runs schedules in random interleavings",
     expect(quiet).toEqual([]);
     expect(counts.accepted).toBeGreaterThan(80);
     expect(counts.wrong).toBeGreaterThan(80);
+  });
+});
+
+describe("launches that are still queued when a message leaves", () => {
+  const { schedule, certificate } = certified(layeredGraph(smallShape(2, 1)), { attention: 1, microBatches: 1 });
+  const [a0, f0] = schedule.programs as [Schedule["programs"][number], Schedule["programs"][number]];
+  type Launch = Step & { op: "launch" };
+  const reading = (steps: readonly Step[], name: string): Launch =>
+    steps.find((x) => x.op === "launch" && x.in.includes(name)) as Launch;
+  /** the program with a launch that reads `name` and writes nothing, right before step `at`; messages still leave after the launches they did */
+  const withReader = (r: number, at: number, name: string): Verdict => {
+    const programs = schedule.programs.map((p, i) => {
+      if (i !== r) return p;
+      const extra: Step = { ...reading(p.steps, name), in: [name], out: [] };
+      const moved = p.steps.map((x) =>
+        (x.op === "post" || x.op === "reply") && x.after >= at ? { ...x, after: x.after + 1 } : x,
+      );
+      return { ...p, steps: [...moved.slice(0, at), extra, ...moved.slice(at)] };
+    });
+    return checkSchedule({ ...schedule, programs }, certificate);
+  };
+  const at = (p: typeof a0, op: Step["op"], exchange: number): number =>
+    p.steps.findIndex((x) => x.op === op && x.op !== "launch" && x.exchange === exchange);
+
+  test("one that reads what was accepted, behind the launch the reply follows", () => {
+    const verdict = withReader(1, at(f0, "reply", 0), "tok0");
+    expect(verdict).toMatchObject({
+      rule: "in flight",
+      lines: [/reads tok of s0 #0 from a0/, /post s0 moe #1 may overwrite it/].map((x) => expect.stringMatching(x)),
+    });
+  });
+  test("one that reads what came back, behind the launch the next post follows", () => {
+    const verdict = withReader(0, at(a0, "post", 1), "back0.0");
+    expect(verdict).toMatchObject({
+      rule: "in flight",
+      lines: [/lets peers overwrite back/, /may not have read it yet/].map((x) => expect.stringMatching(x)),
+    });
+  });
+  test("a kernel that writes what it reads", () => {
+    const steps = f0.steps.map(
+      (x): Step => (x.op === "launch" && x.out.includes("back0") ? { ...x, in: [...x.in, "back0"] } : x),
+    );
+    expect(checkSchedule({ ...schedule, programs: [a0, { ...f0, steps }] }, certificate)).toMatchObject({ ok: false });
+    const second = f0.steps.map(
+      (x, i): Step =>
+        x.op === "launch" && x.out.includes("back0") && i > at(f0, "reply", 0) ? { ...x, in: [...x.in, "back0"] } : x,
+    );
+    expect(checkSchedule({ ...schedule, programs: [a0, { ...f0, steps: second }] }, certificate)).toMatchObject({
+      rule: "overlap",
+    });
   });
 });
 

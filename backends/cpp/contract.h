@@ -127,16 +127,19 @@ struct tile_job {
 
 typedef void (*tile_function)(const tile_job &);
 
-/* Rows whose sums stay in vector registers. */
+/* Rows whose sums stay in vector registers: heights of a block that has all rows, fewest first, and of one of several blocks. */
 #if defined(S3_AVX512)
 constexpr int accumulators = 24;
 constexpr int heights[] = {1, 2, 4, 6, 8, 12};
+constexpr int heights_of_several[] = {6, 8, 12};
 #elif defined(S3_AVX2)
 constexpr int accumulators = 12;
 constexpr int heights[] = {1, 2, 3, 6};
+constexpr int heights_of_several[] = {3, 6};
 #else
 constexpr int accumulators = 12;
 constexpr int heights[] = {1, 2, 3};
+constexpr int heights_of_several[] = {2, 3};
 #endif
 constexpr int most_rows = heights[sizeof heights / sizeof heights[0] - 1];
 
@@ -145,17 +148,15 @@ constexpr int panels_in_registers(int rows) {
   return fit < 1 ? 1 : fit > 8 ? 8 : fit;
 }
 
-/* The height of the blocks of `rows` rows: the lowest that holds them all, else the one of at least half of the most that wastes least. */
+/* The lowest height that holds all rows, so that weights are read once; else the one that wastes least. */
 inline int register_height_for(int64_t rows) {
+  for (const int h : heights)
+    if (h >= rows) return h;
   int best = 0;
   int64_t least_rows = 0;
-  for (const int h : heights) {
-    if (rows <= most_rows) {
-      if (h >= rows) return h;
-    } else if (2 * h >= most_rows) {
-      const int64_t padded = ceil_div(rows, h) * h;
-      if (best == 0 || padded <= least_rows) best = h, least_rows = padded;
-    }
+  for (const int h : heights_of_several) {
+    const int64_t padded = ceil_div(rows, h) * h;
+    if (best == 0 || padded <= least_rows) best = h, least_rows = padded;
   }
   return best;
 }
@@ -205,7 +206,7 @@ struct registers_engine {
   static constexpr int panels_for(int height) { return panels_in_registers(height); }
   static constexpr int floats_for(int height) { return height * panels_for(height) * columns_of_panel; }
   static constexpr int stride(int height) { return panels_for(height) * columns_of_panel; }
-  static constexpr int most_floats_per_row = panels_in_registers((most_rows + 1) / 2) * columns_of_panel;
+  static constexpr int most_floats_per_row = panels_in_registers(heights_of_several[0]) * columns_of_panel;
   static constexpr bool fills = true;
   static constexpr int64_t k_block = 16, k_bytes = 64; /* widened k come 16 at a time, 64 bytes */
   static S3_INLINE void begin() {}

@@ -194,6 +194,12 @@ int cppOpen(int, const char *program, const char *options, s3_dev **out) {
       scratch = std::max(scratch, d->program->kernels[i].scratch);
       d->kernels.emplace(d->program->kernels[i].name, i);
     }
+    if (const Json *kernels = json.root().find("kernels"))
+      for (const auto &[name, facts] : kernels->members()) {
+        const auto found = d->kernels.find(name);
+        if (found == d->kernels.end() || d->program->kernels[found->second].scratch != static_cast<std::uint64_t>(facts.whole()))
+          fail(exit_input, program, ": kernel '", name, "' is missing or not the one of manifest.json; it was built from another bundle, build it again");
+      }
     Memory m;
     if (allocate(*d, scratch, false, m) != 0) fail(exit_input, d->error);
     d->team = std::make_unique<Team>(threads, threads > 1 ? spin : 0, m.address);
