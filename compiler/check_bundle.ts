@@ -1,7 +1,7 @@
 import { closeSync, existsSync, openSync, readFileSync, readSync, statSync } from "node:fs";
 import { join } from "node:path";
 import type { Manifest } from "../ir/bundle.ts";
-import { type Certificate, checkSchedule } from "../ir/check.ts";
+import { type Certificate, checkSchedule, checkShared } from "../ir/check.ts";
 import { UserError } from "../ir/error.ts";
 import type { Schedule } from "../ir/schedule.ts";
 import { bundleHash, fileDigest, listFiles, readJson, readManifest } from "./bundle.ts";
@@ -16,11 +16,12 @@ export const checkBundle = (bundle: string, progress: Progress): string => {
   const report: string[] = [`bundle ${bundle} ${bundleHash(bundle).slice(0, 16)}: ${manifest.model.name}`];
   report.push(checkHashes(bundle, progress));
   const names = manifest.programs.map((p) => ({ role: p.role, kernels: new Set(p.kernels.map((k) => k.name)) }));
+  const schedules: Schedule[] = [];
   for (const name of manifest.schedules) {
     const schedule = readJson(join(bundle, `schedule-${name}.json`)) as Schedule;
     const certificate = readJson(join(bundle, `certificate-${name}.json`)) as Certificate;
-    const { wire, attention, ffn, microBatches, kv } = manifest;
-    const verdict = checkSchedule(schedule, certificate, { wire, attention, ffn, microBatches, ...(kv ? { kv } : {}) });
+    const { wire, attention, ffn, microBatches, kv, weights } = manifest;
+    const verdict = checkSchedule(schedule, certificate, { wire, attention, ffn, microBatches, weights, ...(kv ? { kv } : {}) });
     if (!verdict.ok) return fail(`schedule ${name}: ${verdict.reason}`);
     for (const program of schedule.programs) {
       const kernels = names.find((p) => p.role === program.rank.role)?.kernels;
@@ -30,7 +31,10 @@ export const checkBundle = (bundle: string, progress: Progress): string => {
     }
     report.push(`schedule ${name}: ${verdict.summary}`);
     checkWeights(bundle, manifest, schedule);
+    schedules.push(schedule);
   }
+  const apart = checkShared(schedules);
+  if (apart !== undefined) fail(`the schedules do not share weights and KV: ${apart}`);
   report.push(`weights: ${manifest.weights.map((w) => (w.file ? w.file : `${w.rank} drawn from seed ${w.seed}`)).join(", ")}`);
   report.push("not proved: that a kernel reads and writes only its arguments");
   return `${report.join("\n")}\n`;

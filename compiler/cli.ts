@@ -12,7 +12,7 @@ import { type EvalOptions, evalGraph } from "./eval.ts";
 import { generate, type Prompt, type RunnerOptions, score, windows } from "./generate.ts";
 import { inspect } from "./inspect.ts";
 import { progressOn } from "./progress.ts";
-import { promptsOf, readPromptFile, statisticsText } from "./prompts.ts";
+import { type PromptFlags, promptsOf, readPromptFile, statisticsText } from "./prompts.ts";
 import { readTokenizer } from "./tokenizer.ts";
 import { version } from "./version.ts";
 
@@ -196,17 +196,7 @@ program
     if (!report.ok) process.exitCode = 3;
   });
 
-interface RunOptions extends RunnerOptions {
-  readonly prompt?: string;
-  readonly promptIds?: number[];
-  readonly prompts?: string;
-  readonly chat?: boolean;
-  readonly maxTokens: number;
-  readonly temperature: number;
-  readonly topP: number;
-  readonly seed: number;
-  readonly json?: boolean;
-}
+type RunOptions = RunnerOptions & PromptFlags & { readonly json?: boolean };
 
 const readSequences = (path: string): number[][] =>
   readPromptFile(path).map((prompt: Prompt, line: number) => {

@@ -2,8 +2,8 @@ import { readFileSync } from "node:fs";
 import { UserError } from "../ir/error.ts";
 import type { Prompt, RunStatistics } from "./generate.ts";
 
-/** The prompts of a command line; sampling settings apply where a line of the file does not set its own. */
-export const promptsOf = (options: {
+/** The flags of `step3c run` that say what is asked, and how tokens are chosen. */
+export interface PromptFlags {
   readonly prompt?: string;
   readonly promptIds?: readonly number[];
   readonly prompts?: string;
@@ -12,7 +12,10 @@ export const promptsOf = (options: {
   readonly temperature: number;
   readonly topP: number;
   readonly seed: number;
-}): Prompt[] => {
+}
+
+/** The prompts of a command line; sampling settings apply where a line of the file does not set its own. */
+export const promptsOf = (options: PromptFlags): Prompt[] => {
   const { prompt, promptIds, prompts: file, chat } = options;
   if ([prompt, promptIds, file].filter((given) => given !== undefined).length !== 1)
     throw new UserError("give exactly one of --prompt TEXT, --prompt-ids IDS and --prompts FILE", 2);
