@@ -44,6 +44,9 @@ const timed = (work: () => void): number => {
   return (performance.now() - start) / 1000;
 };
 
+/** Waits until earlier writes are on the disk, so that each measurement begins with an idle one. */
+const settle = (): void => void spawnSync("sync");
+
 interface Measured {
   readonly seconds: number;
   readonly peak: number;
@@ -75,6 +78,7 @@ const all = (gigabytes: number, parent: string): void => {
     const bytes = bytesIn(checkpoint);
     report("generated", bytes, making, `${(bytes / 1e9).toFixed(2)} GB, ${sizes.layers} layers`);
     const copy = join(directory, "copy");
+    settle();
     report(
       "cp",
       bytes,
@@ -84,6 +88,7 @@ const all = (gigabytes: number, parent: string): void => {
     rmSync(copy, { recursive: true });
     for (const precision of ["bf16", "fp8", "int8"] as const) {
       const out = join(directory, precision);
+      settle();
       const child = spawnSync(
         process.execPath,
         [fileURLToPath(import.meta.url), "--one", precision, "--dir", checkpoint, "--out", out],

@@ -20,7 +20,7 @@ import { assemble } from "../backends/cpp/assemble.ts";
 import { linearKernels } from "../backends/cpp/linear.ts";
 import { loadText, sourceFile } from "../backends/template.ts";
 import { packageRoot } from "../compiler/package_root.ts";
-import { type DType, dtypeBytes, inferTypes, type Op, tensor, type TensorType } from "../ir/index.ts";
+import { type DType, dtypeBytes, inferTypes, type Op, type TensorType, tensor } from "../ir/index.ts";
 
 const { onnx } = onnxProto;
 const quick = process.argv.includes("--quick");
@@ -95,7 +95,18 @@ const build = (): { readonly library: string; readonly runner: string } => {
     for (const [name, text] of files) writeFileSync(join(work, name), text);
     tool("cmake", ["-S", work, "-B", join(work, "build")]);
     tool("cmake", ["--build", join(work, "build"), "--parallel"]);
-    tool(process.env.CXX ?? "c++", ["-std=c++20", "-O3", "-march=native", "-Wno-psabi", "-pthread", `-I${work}`, runnerSource, "-o", join(work, "runner"), "-ldl"]);
+    tool(process.env.CXX ?? "c++", [
+      "-std=c++20",
+      "-O3",
+      "-march=native",
+      "-Wno-psabi",
+      "-pthread",
+      `-I${work}`,
+      runnerSource,
+      "-o",
+      join(work, "runner"),
+      "-ldl",
+    ]);
     renameSync(work, folder);
   }
   return { library: join(folder, "build", "libprogram.so"), runner: join(folder, "runner") };
@@ -126,7 +137,8 @@ const kinds: Readonly<Partial<Record<DType, string>>> = { f32: "f", bf16: "b", e
 
 /** The command that makes a kernel's arguments for `rows` rows. */
 const kernelCommand = ({ name, op, plan }: Kernel, rows: number): string => {
-  const size = (t: TensorType): number => t.shape.reduce((n: number, d) => n * (typeof d === "number" ? d : rows), 1) * dtypeBytes(t.dtype);
+  const size = (t: TensorType): number =>
+    t.shape.reduce((n: number, d) => n * (typeof d === "number" ? d : rows), 1) * dtypeBytes(t.dtype);
   const args = op.inputs.map(({ type }, i) => {
     const t = type as TensorType;
     const layout = plan.layouts?.[i];
@@ -151,11 +163,18 @@ const matmulModel = (rows: number, n: number, k: number): Uint8Array => {
     input: [value("x", [rows, k])],
     output: [value("y", [rows, n])],
   };
-  return onnx.ModelProto.encode(onnx.ModelProto.fromObject({ irVersion: 8, opsetImport: [{ domain: "", version: 17 }], graph })).finish();
+  return onnx.ModelProto.encode(
+    onnx.ModelProto.fromObject({ irVersion: 8, opsetImport: [{ domain: "", version: 17 }], graph }),
+  ).finish();
 };
 
 /** Gives a function that runs the MatMul so often and gives nanoseconds of each run. */
-const onnxruntime = async (rows: number, n: number, k: number, threads: number): Promise<{ time(repeats: number): Promise<number[]>; release(): Promise<void> }> => {
+const onnxruntime = async (
+  rows: number,
+  n: number,
+  k: number,
+  threads: number,
+): Promise<{ time(repeats: number): Promise<number[]>; release(): Promise<void> }> => {
   const session = await ort.InferenceSession.create(matmulModel(rows, n, k), {
     intraOpNumThreads: threads,
     interOpNumThreads: 1,
@@ -193,7 +212,9 @@ for (const threads of threadCounts) {
   const empty = await onnxruntime(1, 16, 16, threads);
   const overhead = median(await empty.time(200));
   await empty.release();
-  print(`\nf32 linear [M,K] x [N,K], ${threads} thread${threads === 1 ? "" : "s"}; a call of onnxruntime costs ${(overhead / 1e3).toFixed(0)} us, taken off`);
+  print(
+    `\nf32 linear [M,K] x [N,K], ${threads} thread${threads === 1 ? "" : "s"}; a call of onnxruntime costs ${(overhead / 1e3).toFixed(0)} us, taken off`,
+  );
   print("    N     K   M   ours ms    onnxruntime ms   ours GFLOP/s   onnxruntime / ours: medians   minima");
   for (const [n, k] of shapes)
     for (const rows of rowCounts) {
@@ -232,7 +253,9 @@ for (const threads of threadCounts) {
     }
     const speed = bytes / median(mine);
     const limit = (readMegabytes * 2 ** 20) / median(read);
-    print(`${kernel.name.replace("_row", "").padEnd(7)} ${speed.toFixed(1).padStart(6)}   ${limit.toFixed(1).padStart(19)}   ${((100 * speed) / limit).toFixed(0).padStart(4)} %`);
+    print(
+      `${kernel.name.replace("_row", "").padEnd(7)} ${speed.toFixed(1).padStart(6)}   ${limit.toFixed(1).padStart(19)}   ${((100 * speed) / limit).toFixed(0).padStart(4)} %`,
+    );
   }
 }
 runner.end();

@@ -60,7 +60,10 @@ const checkHashes = (bundle: string, progress: Progress): string => {
   progress.phase("hashing");
   for (const [path, sum] of sums) {
     if (!existsSync(join(bundle, path))) fail(`${join(bundle, path)}: is listed in SHA256SUMS and missing`);
-    const found = fileDigest(join(bundle, path), (bytes) => progress.at((done += bytes), total));
+    const found = fileDigest(join(bundle, path), (bytes) => {
+      done += bytes;
+      progress.at(done, total);
+    });
     if (found !== sum) fail(`${join(bundle, path)}: SHA-256 is ${found.slice(0, 16)}..., SHA256SUMS says ${sum.slice(0, 16)}...`);
   }
   progress.end();
@@ -80,7 +83,10 @@ const checkWeights = (bundle: string, manifest: Manifest, schedule: Schedule): v
   const headers = new Map<string, PackedHeader>();
   for (const program of schedule.programs) {
     const entry = manifest.weights.find((w) => w.rank === program.rank.name || w.rank === program.rank.role);
-    if (!entry) return fail(`manifest.json: no weights for rank ${program.rank.name}`);
+    if (!entry) {
+      fail(`manifest.json: no weights for rank ${program.rank.name}`);
+      continue;
+    }
     if (entry.file === undefined) continue;
     const header = headers.get(entry.file) ?? readHeader(join(bundle, entry.file));
     headers.set(entry.file, header);

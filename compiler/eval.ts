@@ -83,14 +83,18 @@ export const onTarget = async (
     mkdirSync(from);
     mkdirSync(to);
     for (const [name, { dtype, data }] of inputs) writeFileSync(join(from, `${name}.bin`), encode(dtype, data));
-    const args = ["--eval", "--bundle", bundle, "--program-attention", native.attention, "--inputs", from, "--outputs", to];
+    const flag = (name: string, value: string | undefined): string[] => (value === undefined ? [] : [name, value]);
     const run = spawnSync(
       native.runner,
       [
-        ...args,
-        ...(native.ffn === undefined ? [] : ["--program-ffn", native.ffn]),
-        ...["--rows", String(symbols.get("T") ?? 1)],
-        ...(options.isa === undefined ? [] : ["--isa", options.isa]),
+        "--eval",
+        ...flag("--bundle", bundle),
+        ...flag("--program-attention", native.attention),
+        ...flag("--program-ffn", native.ffn),
+        ...flag("--inputs", from),
+        ...flag("--outputs", to),
+        ...flag("--rows", String(symbols.get("T") ?? 1)),
+        ...flag("--isa", options.isa),
       ],
       { encoding: "utf8" },
     );

@@ -175,9 +175,12 @@ const runNative = async (
   const statistics = join(scratch, "stats.json");
   const flag = (name: string, value: string | number | undefined): string[] => (value === undefined ? [] : [name, String(value)]);
   const args = [
-    ...["--bundle", bundle, "--program-attention", native.attention, ...flag("--program-ffn", native.ffn)],
     ...mode,
-    ...["--transport", options.transport, "--stats", statistics],
+    ...flag("--bundle", bundle),
+    ...flag("--program-attention", native.attention),
+    ...flag("--program-ffn", native.ffn),
+    ...flag("--transport", options.transport),
+    ...flag("--stats", statistics),
     ...flag("--threads", options.threads),
     ...flag("--isa", options.isa),
     ...flag("--role", options.role),

@@ -95,7 +95,8 @@ const packWeights = async (
       weights,
     }));
     const written = await writeWeights(model.checkpoint, files, { configuration: model.configuration, progress: progress.at });
-    [...plans.keys()].forEach((name, i) => bundle.digest(`weights/${name}.safetensors`, written.files[i]?.digest ?? ""));
+    for (const [i, name] of [...plans.keys()].entries())
+      bundle.digest(`weights/${name}.safetensors`, written.files[i]?.digest ?? "");
     const weights = programs.map(({ rank, memory }) => ({
       rank: rank.name,
       file: `weights/${fileOf(rank)}.safetensors`,

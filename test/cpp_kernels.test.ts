@@ -12,24 +12,24 @@ import { linearKernels } from "../backends/cpp/linear.ts";
 import {
   type Attrs,
   Builder,
-  decode,
   type Dim,
-  drawTensor,
   type DType,
+  decode,
+  drawTensor,
   dtypeBytes,
   encode,
   inferTypes,
-  knowledge,
   type KvState,
   type KvType,
+  knowledge,
   kvState,
   type Op,
   randomNumbers,
   roundTo,
   type Tensor,
-  tensor,
   type TensorType,
   type Type,
+  tensor,
 } from "../ir/index.ts";
 import { buildProgram, type KernelArgument, type KernelRun, runKernels } from "./native.ts";
 
@@ -132,9 +132,13 @@ const runsOfRows: readonly (readonly number[])[] = [[1], [2], [3], [5], [17], [6
 
 const concreteType = (t: Type, rows: number): TensorType & { shape: number[] } => {
   const type = t as TensorType;
-  return { ...type, shape: type.shape.map((d) => (typeof d === "number" ? d : d === "T" ? rows : Number.parseInt(d, 10) * rows)) };
+  return {
+    ...type,
+    shape: type.shape.map((d) => (typeof d === "number" ? d : d === "T" ? rows : Number.parseInt(d, 10) * rows)),
+  };
 };
-const perToken = (d: Dim | undefined): number | undefined => (typeof d !== "string" ? undefined : d === "T" ? 1 : Number.parseInt(d, 10));
+const perToken = (d: Dim | undefined): number | undefined =>
+  typeof d !== "string" ? undefined : d === "T" ? 1 : Number.parseInt(d, 10);
 
 const evaluateOp = (op: Op, inputs: readonly Tensor[], dtype: DType): Float64Array => {
   const type = { ...concreteType(op.outputs[0]?.type as Type, tokens), dtype };
@@ -163,15 +167,12 @@ const contractionCase = (name: string, kind: string, types: readonly Type[], att
   const magnitudes = inputs.map((t) => ({ ...t, data: t.data.map(Math.abs) }));
   const sums = evaluateOp(op, magnitudes, "f64");
   const k = (types[0] as TensorType).shape[1] as number;
+  const [{ type: result }] = op.outputs as unknown as readonly [{ type: TensorType }];
   return {
     kernel: kernelOf(name, op, weights),
     inputs,
     perToken: types.map((t) => perToken((t as TensorType).shape[0])),
-    result: {
-      perToken: perToken((op.outputs[0]?.type as TensorType).shape[0]) ?? 0,
-      columns: (op.outputs[0]?.type as TensorType).shape[1] as number,
-      dtype: (op.outputs[0]?.type as TensorType).dtype,
-    },
+    result: { perToken: perToken(result.shape[0]) ?? 0, columns: result.shape[1] as number, dtype: result.dtype },
     exact: evaluateOp(op, inputs, "f64"),
     // one rounding for each addition and product, one for each scale
     bound: sums.map((s) => (k + 8) * 2 ** -24 * 1.01 * s),
@@ -256,7 +257,15 @@ const groupedTypes = (dtype: DType, rows: Dim, e: number, n: number, k: number, 
   tensor(dtype, [e, n, k]),
   tensor("i32", ["T", j]),
 ];
-const scaledGroupedTypes = (dtype: DType, rows: Dim, e: number, n: number, k: number, j: number, [bn, bk]: readonly [number, number]): Type[] => [
+const scaledGroupedTypes = (
+  dtype: DType,
+  rows: Dim,
+  e: number,
+  n: number,
+  k: number,
+  j: number,
+  [bn, bk]: readonly [number, number],
+): Type[] => [
   tensor(dtype, [rows, k]),
   tensor("f32", [rows, Math.ceil(k / bk)]),
   tensor(dtype, [e, n, k]),
@@ -268,7 +277,10 @@ const grouped = [
   contractionCase("group_pairs", "grouped_linear", groupedTypes("bf16", "3*T", 6, 33, 131, 3), {}),
   contractionCase("group_some", "grouped_linear", groupedTypes("f32", "T", 3, 17, 20, 2), { first: 2 }),
   contractionCase("group_computed", "grouped_linear", groupedTypes("f16", "T", 6, 17, 20, 1), { to: "f32" }, false),
-  contractionCase("group_fp8", "scaled_grouped_linear", scaledGroupedTypes("e4m3", "T", 6, 40, 160, 3, [32, 128]), { to: "f32", block: [32, 128] }),
+  contractionCase("group_fp8", "scaled_grouped_linear", scaledGroupedTypes("e4m3", "T", 6, 40, 160, 3, [32, 128]), {
+    to: "f32",
+    block: [32, 128],
+  }),
   contractionCase("group_int8", "scaled_grouped_linear", scaledGroupedTypes("i8", "2*T", 3, 24, 131, 2, [1, 131]), {
     to: "f32",
     block: [1, 131],
@@ -278,11 +290,31 @@ const grouped = [
 
 const contractions = [...plain, ...scaled, ...odd, ...grouped];
 
+const fusedColumns = 40;
+const fusedOp = (): Op => {
+  const body = new Builder("body", symbols);
+  const x = body.input("i0", tensor("bf16", ["T", 64]));
+  const w = body.input("i1", tensor("bf16", [fusedColumns, 64]));
+  const gate = body.input("i2", tensor("f32", ["T", fusedColumns]));
+  const bias = body.input("i3", tensor("f32", [fusedColumns]));
+  const weight = body.input("i4", tensor("f32", ["T", 1]));
+  const sum = body.op("linear", [x, w], { to: "f32" });
+  const biased = body.op("add", [sum, bias]);
+  const half = body.op("const", [], { value: 0.5, dtype: "f32" });
+  const product = body.op("mul", [body.op("mul", [body.op("silu", [gate]), biased]), weight]);
+  body.output(body.op("cast", [body.op("mul", [product, half])], { to: "bf16" }));
+  const graph = body.build();
+  const inputs = graph.inputs.map((v, i) => ({ ...v, name: `x${i}` }));
+  return { kind: "fused", inputs, attrs: {}, body: graph, outputs: [{ name: "y", type: graph.outputs[0]?.type as Type }] };
+};
+
+const epilogue = kernelOf("epilogue", fusedOp(), true);
+
 describe("contractions", () => {
   let library: string;
   let usable: readonly string[];
   beforeAll(() => {
-    library = build(contractions.map((c) => c.kernel));
+    library = build([...contractions.map((c) => c.kernel), epilogue]);
     usable = instructionSets(library, contractionRun(contractions[0] as ContractionCase, [1], 1, ""));
   }, 600_000);
 
@@ -318,7 +350,10 @@ describe("contractions", () => {
   test("every e4m3 code, as weight and as activation, and NaN stays in its column and row", () => {
     const c = contractions.find((o) => o.kernel.name === "plain_e4m3") as ContractionCase;
     const [x, w] = c.inputs as [Tensor, Tensor];
-    const codes = decode("e4m3", Uint8Array.from({ length: 256 }, (_, i) => i));
+    const codes = decode(
+      "e4m3",
+      Uint8Array.from({ length: 256 }, (_, i) => i),
+    );
     for (const isa of usable) {
       const identity = { ...c, inputs: [{ ...x, data: x.data.map((_, i) => (i % 33 === Math.floor(i / 33) % 33 ? 1 : 0)) }, w] };
       // column n of w holds codes 13 n .. 13 n + 32: row r of an identity times it gives code 13 n + r
@@ -328,58 +363,46 @@ describe("contractions", () => {
       const got = decode("f32", writtenRows(c, [33], runKernels(library, [run])[0]?.outputs[0] as Uint8Array));
       for (let r = 0; r < 33; r++)
         for (let n = 0; n < 20; n++)
-          if (columns.includes(n)) expect(got[r * 20 + n], `${isa} row ${r} column ${n}`).toBe(weights[n * 33 + r] === 0 ? 0 : weights[n * 33 + r]);
+          if (columns.includes(n))
+            expect(got[r * 20 + n], `${isa} row ${r} column ${n}`).toBe(weights[n * 33 + r] === 0 ? 0 : weights[n * 33 + r]);
           else expect(got[r * 20 + n]).toBeNaN();
       expect(columns.length).toBeLessThan(20);
       // and row r of these activations times an identity gives code 2 r + n
       const activations = x.data.map((_, i) => codes[(2 * Math.floor(i / 33) + (i % 33)) % 256] as number);
       const unit = w.data.map((_, i) => (i % 33 === Math.floor(i / 33) ? 1 : 0));
-      const back = contractionRun({ ...c, inputs: [{ ...x, data: activations }, { ...w, data: unit }] }, [tokens], 1, isa);
+      const back = contractionRun(
+        {
+          ...c,
+          inputs: [
+            { ...x, data: activations },
+            { ...w, data: unit },
+          ],
+        },
+        [tokens],
+        1,
+        isa,
+      );
       const rows = decode("f32", writtenRows(c, [tokens], runKernels(library, [back])[0]?.outputs[0] as Uint8Array));
       for (let r = 0; r < tokens; r++) {
-        const nan = [...activations.slice(r * 33, r * 33 + 33)].some(Number.isNaN);
+        const nan = activations.slice(r * 33, r * 33 + 33).some(Number.isNaN);
         for (let n = 0; n < 20; n++)
           if (nan) expect(rows[r * 20 + n]).toBeNaN();
           else expect(rows[r * 20 + n]).toBe(activations[r * 33 + n] === 0 ? 0 : activations[r * 33 + n]);
       }
     }
   });
-});
 
-// --- epilogues ----------------------------------------------------------------------------------------------------------------
-
-describe("a contraction and what follows it", () => {
-  const columns = 40;
-  const fusedOp = (): Op => {
-    const body = new Builder("body", symbols);
-    const x = body.input("i0", tensor("bf16", ["T", 64]));
-    const w = body.input("i1", tensor("bf16", [columns, 64]));
-    const gate = body.input("i2", tensor("f32", ["T", columns]));
-    const bias = body.input("i3", tensor("f32", [columns]));
-    const weight = body.input("i4", tensor("f32", ["T", 1]));
-    const sum = body.op("linear", [x, w], { to: "f32" });
-    const biased = body.op("add", [sum, bias]);
-    const half = body.op("const", [], { value: 0.5, dtype: "f32" });
-    const product = body.op("mul", [body.op("mul", [body.op("silu", [gate]), biased]), weight]);
-    body.output(body.op("cast", [body.op("mul", [product, half])], { to: "bf16" }));
-    const graph = body.build();
-    const inputs = graph.inputs.map((v, i) => ({ ...v, name: `x${i}` }));
-    return { kind: "fused", inputs, attrs: {}, body: graph, outputs: [{ name: "y", type: graph.outputs[0]?.type as Type }] };
-  };
-
-  test("is one kernel that rounds where the graph does", () => {
-    const op = fusedOp();
-    const kernel = kernelOf("epilogue", op, true);
-    const library = build([kernel]);
+  test("and what follows one is one kernel that rounds where the graph does", () => {
+    const { op, plan } = epilogue;
     const random = randomNumbers(99);
     const inputs = op.inputs.map((v) => drawTensor(concreteType(v.type, tokens), "normal", random));
     const exact = evaluateOp(op, inputs, "bf16");
     const args = inputs.map((t, i): KernelArgument => {
-      const layout = kernel.plan.layouts?.[i];
+      const layout = plan.layouts?.[i];
       return { read: layout ? packed(layout, t) : bytesOf(t) };
     });
-    args.push({ written: tokens * columns * 2 });
-    for (const isa of instructionSets(library, { kernel: "epilogue", rows: [tokens], args })) {
+    args.push({ written: tokens * fusedColumns * 2 });
+    for (const isa of usable) {
       const [one, two] = runKernels(
         library,
         [1, 2].map((threads) => ({ kernel: "epilogue", isa, threads, rows: [tokens], args })),
@@ -426,7 +449,9 @@ const tables = [
   [5, 0, 0, 0, 0],
   [8, 0, 0, 0, 0],
 ];
-const everyToken: readonly Token[] = lengths.flatMap((n, sequence) => Array.from({ length: n }, (_, position) => ({ sequence, position })));
+const everyToken: readonly Token[] = lengths.flatMap((n, sequence) =>
+  Array.from({ length: n }, (_, position) => ({ sequence, position })),
+);
 
 const attentionKernelsOf = (c: AttentionCase): readonly [Kernel, Kernel] => {
   const width = c.cache.heads * c.cache.dim;
@@ -453,10 +478,24 @@ describe("attention", () => {
     "%s: near the interpreter, each row its own bits, stale tokens without effect",
     (_, c, [append, attention]) => {
       const random = randomNumbers(7);
-      const draw = (op: Op, i: number): Tensor => drawTensor(concreteType(op.inputs[i]?.type as Type, everyToken.length), "normal", random);
-      const integers = (shape: number[], data: number[]): Tensor => ({ kind: "tensor", dtype: "i32", shape, data: Float64Array.from(data) });
-      const tableOf = (rows: readonly Token[]): Tensor => integers([rows.length, tableColumns], rows.flatMap((r) => tables[r.sequence] as number[]));
-      const positionOf = (rows: readonly Token[]): Tensor => integers([rows.length], rows.map((r) => r.position));
+      const draw = (op: Op, i: number): Tensor =>
+        drawTensor(concreteType(op.inputs[i]?.type as Type, everyToken.length), "normal", random);
+      const integers = (shape: number[], data: number[]): Tensor => ({
+        kind: "tensor",
+        dtype: "i32",
+        shape,
+        data: Float64Array.from(data),
+      });
+      const tableOf = (rows: readonly Token[]): Tensor =>
+        integers(
+          [rows.length, tableColumns],
+          rows.flatMap((r) => tables[r.sequence] as number[]),
+        );
+      const positionOf = (rows: readonly Token[]): Tensor =>
+        integers(
+          [rows.length],
+          rows.map((r) => r.position),
+        );
       const indexOf = (r: Token): number => everyToken.findIndex((e) => e.sequence === r.sequence && e.position === r.position);
       const take = (t: Tensor, rows: readonly Token[]): Uint8Array => {
         const row = encoded(t).length / everyToken.length;
@@ -465,7 +504,9 @@ describe("attention", () => {
 
       const cached = append.op.inputs.slice(1, -2).map((_, i) => {
         const t = draw(append.op, i + 1);
-        return t.dtype === "f32" && t.shape[1] === c.cache.heads && c.cache.dtype !== "f32" ? { ...t, data: t.data.map((x) => roundTo("f32", 0.01 + Math.abs(x) / 8)) } : t;
+        return t.dtype === "f32" && t.shape[1] === c.cache.heads && c.cache.dtype !== "f32"
+          ? { ...t, data: t.data.map((x) => roundTo("f32", 0.01 + Math.abs(x) / 8)) }
+          : t;
       });
       const q = draw(attention.op, 0);
       const state: KvState = kvState(32);
@@ -497,25 +538,41 @@ describe("attention", () => {
             isa,
             threads,
             rows: [rows.length],
-            args: [query, { read: pool }, table, position, { written: rows.length * width * dtypeBytes(c.query) }] as KernelArgument[],
+            args: [
+              query,
+              { read: pool },
+              table,
+              position,
+              { written: rows.length * width * dtypeBytes(c.query) },
+            ] as KernelArgument[],
           };
         };
         const last = lengths.map((n, sequence) => ({ sequence, position: n - 1 }));
-        const shuffled = [...everyToken].sort((a, b) => ((a.position * 37 + a.sequence) % 101) - ((b.position * 37 + b.sequence) % 101));
+        const shuffled = [...everyToken].sort(
+          (a, b) => ((a.position * 37 + a.sequence) % 101) - ((b.position * 37 + b.sequence) % 101),
+        );
         const launches = [everyToken, last, shuffled, [everyToken[69] as Token], everyToken.slice(40, 77), []];
         const runs = launches.flatMap((rows, i) => (i === 0 ? [1, 2, 3] : [1 + (i % 3)]).map((threads) => ({ rows, threads })));
-        const results = runKernels(library, runs.map(({ rows, threads }) => run(rows, threads)));
+        const results = runKernels(
+          library,
+          runs.map(({ rows, threads }) => run(rows, threads)),
+        );
         const row = width * dtypeBytes(c.query);
         const reference = results[0]?.outputs[0] as Uint8Array;
         runs.forEach(({ rows, threads }, i) => {
           const expected = rows.map(indexOf).map((at) => reference.subarray(at * row, (at + 1) * row));
-          expect(Buffer.concat(expected).equals(Buffer.from(results[i]?.outputs[0] as Uint8Array)), `${isa}: ${rows.length} rows, ${threads} threads`).toBe(true);
+          expect(
+            Buffer.concat(expected).equals(Buffer.from(results[i]?.outputs[0] as Uint8Array)),
+            `${isa}: ${rows.length} rows, ${threads} threads`,
+          ).toBe(true);
         });
 
         const type = concreteType(attention.op.outputs[0]?.type as Type, everyToken.length);
-        const [exact] = knowledge("attention").evaluate([q, state, tableOf(everyToken), positionOf(everyToken)], attention.op.attrs, [
-          { ...type, dtype: "f64" },
-        ]) as [Tensor];
+        const [exact] = knowledge("attention").evaluate(
+          [q, state, tableOf(everyToken), positionOf(everyToken)],
+          attention.op.attrs,
+          [{ ...type, dtype: "f64" }],
+        ) as [Tensor];
         const largest = exact.data.reduce((most, x) => Math.max(most, Math.abs(x)), 0);
         const got = decode(c.query, reference);
         const wrong = [...got].findIndex((v, i) => {
@@ -540,21 +597,24 @@ describe("packed weights", () => {
     ["i8", 32, 128],
     ["i8", 20, 128],
     ["f16", 17, 9],
-  ] as const)("%s [%d, %d]: a tile of whole panels packs as its part of the matrix, wherever its bytes lie", (dtype, rows, columns) => {
-    const layout = panels(dtype);
-    const width = dtypeBytes(dtype);
-    const whole = drawTensor({ kind: "tensor", dtype, shape: [rows, columns] }, "normal", randomNumbers(3));
-    const bytes = encode(dtype, whole.data);
-    const all = layout.pack({ bytes, dtype, rows, columns });
-    expect(all.length).toBe(layout.bytes(rows, columns, dtype));
-    const shifted = new Uint8Array(bytes.length + 1);
-    shifted.set(bytes, 1);
-    const parts: Uint8Array[] = [];
-    for (let row = 0; row < rows; row += layout.rowBlock) {
-      const count = Math.min(layout.rowBlock, rows - row);
-      const tile = shifted.subarray(1 + row * columns * width, 1 + (row + count) * columns * width);
-      parts.push(layout.pack({ bytes: tile, dtype, rows: count, columns }));
-    }
-    expect(Buffer.concat(parts).equals(Buffer.from(all))).toBe(true);
-  });
+  ] as const)(
+    "%s [%d, %d]: a tile of whole panels packs as its part of the matrix, wherever its bytes lie",
+    (dtype, rows, columns) => {
+      const layout = panels(dtype);
+      const width = dtypeBytes(dtype);
+      const whole = drawTensor({ kind: "tensor", dtype, shape: [rows, columns] }, "normal", randomNumbers(3));
+      const bytes = encode(dtype, whole.data);
+      const all = layout.pack({ bytes, dtype, rows, columns });
+      expect(all.length).toBe(layout.bytes(rows, columns, dtype));
+      const shifted = new Uint8Array(bytes.length + 1);
+      shifted.set(bytes, 1);
+      const parts: Uint8Array[] = [];
+      for (let row = 0; row < rows; row += layout.rowBlock) {
+        const count = Math.min(layout.rowBlock, rows - row);
+        const tile = shifted.subarray(1 + row * columns * width, 1 + (row + count) * columns * width);
+        parts.push(layout.pack({ bytes: tile, dtype, rows: count, columns }));
+      }
+      expect(Buffer.concat(parts).equals(Buffer.from(all))).toBe(true);
+    },
+  );
 });

@@ -877,7 +877,9 @@ describe("command line", () => {
     const foreign = bundleOf({}, (b) => Object.assign(b.manifest.programs[1]?.kernels[0] as object, { scratch: 64 }));
     expect(run(foreign, [])).toMatchObject({
       code: 1,
-      stderr: expect.stringMatching(/kernel 'experts' is missing or not the one of manifest\.json; it was built from another bundle/),
+      stderr: expect.stringMatching(
+        /kernel 'experts' is missing or not the one of manifest\.json; it was built from another bundle/,
+      ),
     });
     expect(run(bundle, [], ["--isa", "abacus"])).toMatchObject({
       code: 1,

@@ -139,7 +139,7 @@ describe("generation", () => {
   test("a prompt at fault fails alone: empty, too long, unknown id", async () => {
     const done = await complete(bundle, [
       { prompt_ids: [] },
-      { prompt_ids: new Array<number>(513).fill(5), max_tokens: 4 },
+      { prompt_ids: Array.from({ length: 513 }, () => 5), max_tokens: 4 },
       { prompt_ids: [1, 99999], max_tokens: 4 },
       { prompt_ids: window().slice(0, 8), max_tokens: 4 },
       { error: "line 5: not JSON" },

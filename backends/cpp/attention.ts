@@ -1,4 +1,5 @@
 /** Attention over a paged cache, the kernel that writes it, and the geometry of its pages, which nothing else reads. */
+import type { Dim } from "../../ir/dim.ts";
 import type { Op, Value } from "../../ir/graph.ts";
 import { type KvType, type TensorType, typeText } from "../../ir/type.ts";
 import type { KernelTemplate, KvLayout } from "../backend.ts";
@@ -31,13 +32,15 @@ const stateOf = (op: Op): KvType | undefined => {
   return found?.kind === "kv" ? found : undefined;
 };
 
-/** Columns of the page table: the one i32 matrix among the inputs. */
-const pagesOf = (op: Op): number => {
-  const [pages] = op.inputs.slice(-2) as readonly Value[];
-  return (pages?.type as TensorType).shape[1] as number;
+const typeOf = (v: Value | undefined): TensorType => {
+  if (v?.type.kind !== "tensor") throw new Error(`${v?.name ?? "an operand"} is not a tensor`);
+  return v.type;
 };
 
-const rowsOf = (op: Op): unknown => (op.inputs.at(-1)?.type as TensorType).shape[0];
+/** Columns of the page table, the last operand but one. */
+const pagesOf = (op: Op): number => typeOf(op.inputs.at(-2)).shape[1] as number;
+
+const rowsOf = (op: Op): Dim | undefined => typeOf(op.inputs.at(-1)).shape[0];
 
 const attentionTemplate = loadTemplate(new URL("./kernels/attention.hbs", import.meta.url));
 const appendTemplate = loadTemplate(new URL("./kernels/kv_append.hbs", import.meta.url));
@@ -47,7 +50,7 @@ const attention: KernelTemplate = {
   match(op, target) {
     const type = stateOf(op);
     if (op.kind !== "attention" || type === undefined) return undefined;
-    const q = op.inputs[0]?.type as TensorType;
+    const q = typeOf(op.inputs[0]);
     if (q.dtype === "f64") return target.decline("attention of f64: sums are f32");
     if (rowsOf(op) !== tokenSymbol) return target.decline("attention has a row for each token");
     const heads = op.attrs.heads as number;
@@ -76,14 +79,15 @@ const append: KernelTemplate = {
     const type = stateOf(op);
     if (op.kind !== "kv_append" || type === undefined) return undefined;
     if (rowsOf(op) !== tokenSymbol) return target.decline("kv_append has a row for each token");
-    const names = op.inputs.length === 7 ? ["k", "k_scales", "v", "v_scales", "pages", "position"] : ["k", "v", "pages", "position"];
+    const names =
+      op.inputs.length === 7 ? ["k", "k_scales", "v", "v_scales", "pages", "position"] : ["k", "v", "pages", "position"];
     const about = `kv_append to ${typeText(type)}`;
     const scaled = names.includes("k_scales");
     return {
       context: {
         about,
         // the state, which the op changes, comes last
-        arguments: names.map((name, index) => ({ name, index, type: storage[(op.inputs[index + 1]?.type as TensorType).dtype] })),
+        arguments: names.map((name, index) => ({ name, index, type: storage[typeOf(op.inputs[index + 1]).dtype] })),
         pool: names.length,
         panel: cellOfCache(type).panel,
         heads: type.heads,

@@ -86,89 +86,104 @@ const epilogueOf = (work: Work, rows: Dim, columns: number, target: Target): Epi
   };
 };
 
-const match = (grouped: boolean) => (op: Op, target: Target): KernelPlan | undefined => {
-  const work = workOf(op);
-  if (work === undefined || work.contraction.kind.includes("grouped") !== grouped) return undefined;
-  const { contraction } = work;
-  const names = operandNames[contraction.kind] as readonly string[];
-  const operand = (name: string): Value => contraction.inputs[names.indexOf(name)] as Value;
-  const indexOf = (name: string): number =>
-    names.includes(name) ? work.inputs.findIndex((v) => v.name === operand(name).name) : -1;
-  const [x, w, result] = [operand("x"), operand("w"), contraction.outputs[0] as Value];
-  const scaled = names.includes("ws");
+const match =
+  (grouped: boolean) =>
+  (op: Op, target: Target): KernelPlan | undefined => {
+    const work = workOf(op);
+    if (work === undefined || work.contraction.kind.includes("grouped") !== grouped) return undefined;
+    const { contraction } = work;
+    const names = operandNames[contraction.kind] as readonly string[];
+    const operand = (name: string): Value => contraction.inputs[names.indexOf(name)] as Value;
+    const indexOf = (name: string): number =>
+      names.includes(name) ? work.inputs.findIndex((v) => v.name === operand(name).name) : -1;
+    const [x, w, result] = [operand("x"), operand("w"), contraction.outputs[0] as Value];
+    const scaled = names.includes("ws");
 
-  const cell = cellOf(dtypeOf(w));
-  if (!cell || !cellOf(dtypeOf(x))) return target.decline(`${dtypeOf(x)} x ${dtypeOf(w)} contraction: sums are f32`);
-  if (dtypeOf(result) === "f64") return target.decline("contraction to f64: sums are f32");
-  const [columns, inner] = shapeOf(w).slice(-2) as unknown as readonly [number, number];
-  const matrices = grouped ? (shapeOf(w)[0] as number) : 1;
-  const rows = shapeOf(result)[0] as Dim;
-  const counted = rowsOf(rows);
-  if (counted === undefined) return target.decline(`${rows} rows are not a multiple of the tokens`);
-  if (inner === 0 || columns === 0) return target.decline("a contraction without elements");
-  const epilogue = epilogueOf(work, rows, columns, target);
-  if (epilogue === undefined) return undefined;
+    const cell = cellOf(dtypeOf(w));
+    if (!cell || !cellOf(dtypeOf(x))) return target.decline(`${dtypeOf(x)} x ${dtypeOf(w)} contraction: sums are f32`);
+    if (dtypeOf(result) === "f64") return target.decline("contraction to f64: sums are f32");
+    const [columns, inner] = shapeOf(w).slice(-2) as unknown as readonly [number, number];
+    const matrices = grouped ? (shapeOf(w)[0] as number) : 1;
+    const rows = shapeOf(result)[0] as Dim;
+    const counted = rowsOf(rows);
+    if (counted === undefined) return target.decline(`${rows} rows are not a multiple of the tokens`);
+    if (inner === 0 || columns === 0) return target.decline("a contraction without elements");
+    const epilogue = epilogueOf(work, rows, columns, target);
+    if (epilogue === undefined) return undefined;
 
-  const [block, group] = scaled ? (contraction.attrs.block as readonly [number, number]) : [panelColumns, inner];
-  const layout: Layout = panels(dtypeOf(w), group < inner ? group : Number.POSITIVE_INFINITY);
-  const choices = grouped ? (shapeOf(operand("ids"))[1] as number) : 1;
-  const rowPerToken = grouped && shapeOf(x)[0] === shapeOf(operand("ids"))[0];
+    const [block, group] = scaled ? (contraction.attrs.block as readonly [number, number]) : [panelColumns, inner];
+    const layout: Layout = panels(dtypeOf(w), group < inner ? group : Number.POSITIVE_INFINITY);
+    const choices = grouped ? (shapeOf(operand("ids"))[1] as number) : 1;
+    const rowPerToken = grouped && shapeOf(x)[0] === shapeOf(operand("ids"))[0];
 
-  // on the FFN side nobody knows here how many segments a launch will have
-  const most = target.symbols.find((s) => s.name === "T")?.max ?? 1;
-  const bound = counted.perToken ? (op.place?.startsWith("ffn") ? Number.POSITIVE_INFINITY : most * counted.count) : counted.count;
-  const storedRows = Math.min(mostStoredRows, Math.ceil(1.5 * bound));
-  const widened = storedRows * cellsOf(inner, Math.min(group, inner), 16) * 64 + slackBytes;
-  const isWeight = target.isWeight?.(op.inputs[indexOf("w")] as Value) ?? true;
+    // on the FFN side nobody knows here how many segments a launch will have
+    const most = target.symbols.find((s) => s.name === "T")?.max ?? 1;
+    const bound = counted.perToken
+      ? op.place?.startsWith("ffn")
+        ? Number.POSITIVE_INFINITY
+        : most * counted.count
+      : counted.count;
+    const storedRows = Math.min(mostStoredRows, Math.ceil(1.5 * bound));
+    const widened = storedRows * cellsOf(inner, Math.min(group, inner), 16) * 64 + slackBytes;
+    const isWeight = target.isWeight?.(op.inputs[indexOf("w")] as Value) ?? true;
 
-  const sources: ContextValue[] = work.inputs.flatMap((v, index) => {
-    const name = names.find((n) => indexOf(n) === index);
-    const read = epilogue.reads.has(index);
-    const type = storage[dtypeOf(v)];
-    const note = typeText(v.type);
-    const packed = name === "w" && isWeight;
-    return [
-      ...(name === undefined ? [] : [{ name, index, type: packed ? "const uint8_t" : `const ${type}`, note: packed ? `${note} in ${layout.name}` : note }]),
-      ...(read ? [{ name: `in${index}`, index, type: `const ${type}`, note }] : []),
-    ];
-  });
-  const results: ContextValue[] = work.outputs.map((v, i) => ({
-    name: `out${i}`,
-    index: work.inputs.length + i,
-    type: storage[dtypeOf(v)],
-    note: typeText(v.type),
-  }));
-  const kinds = [...new Set(work.rest.map((o) => o.kind))].filter((k) => k !== "const");
-  const about = `${contraction.kind} ${typeText(x.type)} x ${typeText(w.type)} -> ${work.outputs.map((v) => typeText(v.type)).join(", ")}${
-    kinds.length > 0 ? `, then ${kinds.join(", ")}` : ""
-  }`;
-  return {
-    context: {
+    const sources: ContextValue[] = work.inputs.flatMap((v, index) => {
+      const name = names.find((n) => indexOf(n) === index);
+      const read = epilogue.reads.has(index);
+      const type = storage[dtypeOf(v)];
+      const note = typeText(v.type);
+      const packed = name === "w" && isWeight;
+      return [
+        ...(name === undefined
+          ? []
+          : [
+              {
+                name,
+                index,
+                type: packed ? "const uint8_t" : `const ${type}`,
+                note: packed ? `${note} in ${layout.name}` : note,
+              },
+            ]),
+        ...(read ? [{ name: `in${index}`, index, type: `const ${type}`, note }] : []),
+      ];
+    });
+    const results: ContextValue[] = work.outputs.map((v, i) => ({
+      name: `out${i}`,
+      index: work.inputs.length + i,
+      type: storage[dtypeOf(v)],
+      note: typeText(v.type),
+    }));
+    const kinds = [...new Set(work.rest.map((o) => o.kind))].filter((k) => k !== "const");
+    const about = `${contraction.kind} ${typeText(x.type)} x ${typeText(w.type)} -> ${work.outputs.map((v) => typeText(v.type)).join(", ")}${
+      kinds.length > 0 ? `, then ${kinds.join(", ")}` : ""
+    }`;
+    return {
+      context: {
+        about,
+        grouped,
+        columns,
+        inner,
+        group: Math.min(group, inner),
+        block,
+        arguments: [...sources, ...results],
+        epilogue: epilogue.lines,
+        panel: cell.panel,
+        scaled,
+        xs: scaled ? "xs" : "nullptr",
+        ws: scaled ? "ws" : "nullptr",
+        matrix: isWeight ? "w" : "packed",
+        packedAt: isWeight ? 0 : widened,
+        matrices,
+        rows: { perToken: counted.perToken, count: counted.count },
+        choices,
+        first: (contraction.attrs.first as number | undefined) ?? 0,
+        rowPerToken,
+      },
+      scratch: widened + (isWeight ? 0 : matrices * layout.bytes(columns, inner, dtypeOf(w))),
+      layouts: isWeight ? { [indexOf("w")]: layout } : {},
       about,
-      grouped,
-      columns,
-      inner,
-      group: Math.min(group, inner),
-      block,
-      arguments: [...sources, ...results],
-      epilogue: epilogue.lines,
-      panel: cell.panel,
-      scaled,
-      xs: scaled ? "xs" : "nullptr",
-      ws: scaled ? "ws" : "nullptr",
-      matrix: isWeight ? "w" : "packed",
-      packedAt: isWeight ? 0 : widened,
-      matrices,
-      rows: { perToken: counted.perToken, count: counted.count },
-      choices,
-      first: (contraction.attrs.first as number | undefined) ?? 0,
-      rowPerToken,
-    },
-    scratch: widened + (isWeight ? 0 : matrices * layout.bytes(columns, inner, dtypeOf(w))),
-    layouts: isWeight ? { [indexOf("w")]: layout } : {},
-    about,
+    };
   };
-};
 
 const template = (name: string, grouped: boolean): KernelTemplate => {
   const text = loadTemplate(new URL(`./kernels/${name}.hbs`, import.meta.url));

@@ -219,7 +219,8 @@ const floats = (values: readonly number[]): Uint8Array => {
   return bytes;
 };
 
-const kernels = (names: readonly string[]): KernelFacts[] => names.map((name) => ({ name, about: name, scratch: name === "embed" ? 4096 : 0 }));
+const kernels = (names: readonly string[]): KernelFacts[] =>
+  names.map((name) => ({ name, about: name, scratch: name === "embed" ? 4096 : 0 }));
 
 export const makeBundle = (shape: Shape): Bundle => {
   const wire = createHash("sha256")
