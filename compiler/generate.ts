@@ -217,6 +217,10 @@ const runNative = async (
     const said = complaints.join("").trim();
     if (code === 2 || code === 3) throw new UserError(said === "" ? `step3-run ended with code ${code}` : said, code);
     if (code === 1 && said !== "") progress.note(said);
+    if (signal === "SIGINT") {
+      process.exitCode = 130; // the prompts that were not finished have said so
+      return {};
+    }
     if (code !== 0 && code !== 1) throw new Error(`step3-run ended with ${signal ?? `code ${code}`}: ${said}`);
     return existsSync(statistics) ? (JSON.parse(readFileSync(statistics, "utf8")) as RunStatistics) : {};
   } finally {

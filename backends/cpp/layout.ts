@@ -100,12 +100,19 @@ const widened = (tile: Tile, table: Float32Array): Uint8Array => {
 
 /** One panel: up to 16 rows of the weight. `out` starts at a multiple of 32 bytes and is zero. */
 const packPanel = (cell: Cell, from: Uint8Array, rows: number, columns: number, group: number, out: Uint8Array): void => {
-  if (cell.element === "f32") return packWords(words(from), rows, columns, words(out));
+  if (cell.element === "f32") {
+    packWords(words(from), rows, columns, words(out));
+    return;
+  }
   // a pair of bf16 is moved as one word, four rows of four codes as a 4 x 4 matrix of bytes
-  if (cell.element === "bf16" && columns % 2 === 0 && group === columns)
-    return packWords(words(from), rows, columns / 2, words(out));
-  if (cell.bytes === 32 && columns % 4 === 0 && group === columns && rows === panelColumns)
-    return packCodes(words(from), columns / 4, words(out));
+  if (cell.element === "bf16" && columns % 2 === 0 && group === columns) {
+    packWords(words(from), rows, columns / 2, words(out));
+    return;
+  }
+  if (cell.bytes === 32 && columns % 4 === 0 && group === columns && rows === panelColumns) {
+    packCodes(words(from), columns / 4, words(out));
+    return;
+  }
   const source = cell.element === "bf16" ? halves(from) : from;
   const target = cell.element === "bf16" ? halves(out) : out;
   const [perRow, perSlot] = cell.element === "bf16" ? [cell.step, 1] : [1, panelColumns];
