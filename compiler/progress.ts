@@ -24,8 +24,8 @@ export const progressOn = (stream: NodeJS.WriteStream, now: () => number = Date.
     phase: (name) => {
       clear();
       phase = name;
-      if (live) stream.write(`\r${name} ...`);
-      shown = live ? now() : now() - 2000;
+      stream.write(live ? `\r${name} ...` : `${name} ...\n`);
+      shown = now();
     },
     at: (done, total) => {
       const interval = live ? 100 : 2000;

@@ -77,12 +77,22 @@ const checks: Readonly<Record<string, { is(value: unknown): boolean; words: stri
   },
 };
 
-/** The end-of-run figures for people. */
-export const statisticsText = (statistics: RunStatistics): string => {
-  const lines: string[] = [];
-  for (const [name, value] of Object.entries(statistics)) {
-    const text = typeof value === "number" ? String(Math.round(value * 1000) / 1000) : JSON.stringify(value);
-    lines.push(`  ${name.replaceAll("_", " ")}: ${text}`);
-  }
-  return lines.length === 0 ? "" : `${lines.join("\n")}\n`;
+/** The end-of-run figures for people, a line each: times in ms, lists by their members. */
+export const statisticsText = (statistics: RunStatistics): string =>
+  Object.entries(statistics)
+    .flatMap(([name, value]) => {
+      const title = name.replaceAll("_", " ");
+      return Array.isArray(value)
+        ? value.map((member) => `  ${title}: ${figures(member)}\n`)
+        : [`  ${title}: ${figures(value)}\n`];
+    })
+    .join("");
+
+const figures = (value: unknown): string => {
+  if (typeof value === "number") return String(Math.round(value * 100) / 100);
+  if (Array.isArray(value)) return value.map(figures).join(" ");
+  if (typeof value !== "object" || value === null) return String(value);
+  return Object.entries(value)
+    .map(([name, member]) => `${name.replaceAll("_", " ")} ${figures(member)}`)
+    .join(", ");
 };
