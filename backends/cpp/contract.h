@@ -96,18 +96,6 @@ S3_INLINE int64_t panel_bytes(const contraction &d) {
   return cells_before(d, d.inner, W::step) * W::bytes;
 }
 
-/* Scales of 16 columns in group g. */
-S3_INLINE void column_scales(const contraction &d, const float *ws, int64_t column, int64_t g, int64_t groups, float *out) {
-  if (d.block % columns_of_panel == 0) {
-    for (int i = 0; i < parts; ++i) store(out + i * lanes, set(ws[column / d.block * groups + g]));
-    return;
-  }
-  for (int64_t i = 0; i < columns_of_panel; ++i) {
-    const int64_t n = least(column + i, d.columns - 1);
-    out[i] = ws[n / d.block * groups + g];
-  }
-}
-
 /*
  * One block of rows against some panels of one matrix, for k from `k0` to `k1`: whole groups, or a part of the only group.
  * Engines below do these; each has `height_for(rows)`, the rows of a block as stored; `panels_for(height)`, those a job does at a time;
@@ -124,6 +112,41 @@ struct tile_job {
   int64_t rows;
   float *out;             /* the sums; holds those up to k0 when that is not 0 */
 };
+
+/* Scales of the columns of P panels of a job, by group of k. Divisions, which are slow, are done once. */
+template <int P>
+struct tile_scales {
+  bool shared; /* by all columns of a panel */
+  const float *first[P];
+  int64_t distance[P][columns_of_panel]; /* from the first column's to each column's, unless shared */
+
+  S3_INLINE tile_scales(const tile_job &job, int64_t groups) {
+    const contraction &d = *job.d;
+    shared = d.block % columns_of_panel == 0;
+    for (int p = 0; p < P; ++p) {
+      const int64_t column = (job.first + least(p, job.panels - 1)) * columns_of_panel, row = column / d.block;
+      first[p] = job.ws + row * groups;
+      for (int64_t i = 0; i < columns_of_panel && !shared; ++i) {
+        const int64_t n = least(column + i, d.columns - 1);
+        distance[p][i] = ((d.block == 1 ? n : n / d.block) - row) * groups;
+      }
+    }
+  }
+  S3_INLINE void get(int64_t g, float *out) const {
+    for (int p = 0; p < P; ++p, out += columns_of_panel)
+      if (shared) {
+        for (int i = 0; i < parts; ++i) store(out + i * lanes, set(first[p][g]));
+      } else {
+        for (int i = 0; i < columns_of_panel; ++i) out[i] = first[p][distance[p][i] + g];
+      }
+  }
+};
+/* without scales */
+struct no_scales {
+  S3_INLINE no_scales(const tile_job &, int64_t) {}
+};
+template <bool Scaled, int P> struct scales_if { typedef tile_scales<P> type; };
+template <int P> struct scales_if<false, P> { typedef no_scales type; };
 
 typedef void (*tile_function)(const tile_job &);
 
@@ -164,7 +187,6 @@ inline int register_height_for(int64_t rows) {
 template <class W, int M, bool Scaled>
 void register_tile(const tile_job &job) {
   constexpr int P = panels_in_registers(M), registers = P * parts;
-  constexpr int ahead = M <= 4 ? 1024 : 0; /* few rows wait for memory: fetch the weights of so many bytes further on */
   const contraction &d = *job.d;
   const int64_t bytes = panel_bytes<W>(d), groups = ceil_div(d.inner, d.group);
   const uint8_t *at[P];
@@ -173,28 +195,30 @@ void register_tile(const tile_job &job) {
   const float *a = static_cast<const float *>(job.a) + cells_before(d, job.k0, 16) * M * 16;
   const auto place = [&](int m, int i) { return job.out + (m * registers + i) * lanes; };
 
-  for (int64_t k = job.k0; k < job.k1;) {
-    const int64_t g = k / d.group, end = least((g + 1) * d.group, job.k1);
+  const typename scales_if<Scaled, P>::type column_scales(job, groups);
+
+  int64_t g = job.k0 / d.group;
+  for (int64_t k = job.k0; k < job.k1; ++g) {
+    const int64_t end = least((g + 1) * d.group, job.k1);
     vec acc[M][registers] = {};
     if (groups == 1 && k > 0)
       for (int m = 0; m < M; ++m)
         for (int i = 0; i < registers; ++i) acc[m][i] = load(place(m, i));
-    multiply<W, M, P, ahead>(a, 16, M * 16, at, end - k, acc);
-    if (Scaled && (groups > 1 || end == d.inner)) {
+    multiply<W, M, P, 1024>(a, 16, M * 16, at, end - k, acc);
+    if (!Scaled || (groups == 1 && end < d.inner)) {
+      for (int m = 0; m < M; ++m)
+        for (int i = 0; i < registers; ++i) store(place(m, i), acc[m][i]);
+    } else if constexpr (Scaled) {
       alignas(64) float scales[P * columns_of_panel];
-      for (int p = 0; p < P; ++p)
-        column_scales(d, job.ws, (job.first + least(p, job.panels - 1)) * columns_of_panel, g, groups, scales + p * columns_of_panel);
+      column_scales.get(g, scales);
       for (int m = 0; m < M; ++m) {
         const vec row_scale = set(job.xs[least(m, job.rows - 1)][g]);
         for (int i = 0; i < registers; ++i)
           store(place(m, i), fma(acc[m][i], row_scale * load(scales + i * lanes), g == 0 ? set(0.0f) : load(place(m, i))));
       }
-    } else {
-      for (int m = 0; m < M; ++m)
-        for (int i = 0; i < registers; ++i) store(place(m, i), acc[m][i]);
     }
-    a += ceil_div(end - k, 16) * M * 16;
-    for (int p = 0; p < P; ++p) at[p] += ceil_div(end - k, W::step) * W::bytes;
+    a += (end - k + 15) / 16 * M * 16;
+    for (int p = 0; p < P; ++p) at[p] += (end - k + W::step - 1) / W::step * W::bytes;
     k = end;
   }
 }
@@ -248,8 +272,10 @@ void matrix_tile(const tile_job &job) {
   const int64_t bytes = panel_bytes<W>(d), groups = ceil_div(d.inner, d.group);
   const int halves = job.rows > 16 ? 2 : 1;
   const uint8_t *const panel[2] = {job.w + job.first * bytes, job.w + (job.first + least(1, job.panels - 1)) * bytes};
-  for (int64_t k = job.k0; k < job.k1;) {
-    const int64_t g = k / d.group, end = least((g + 1) * d.group, job.k1);
+  const typename scales_if<Scaled, 2>::type column_scales(job, groups);
+  int64_t g = job.k0 / d.group;
+  for (int64_t k = job.k0; k < job.k1; ++g) {
+    const int64_t end = least((g + 1) * d.group, job.k1);
     if (groups == 1 && k > 0) {
       tile_load<0>(job.out, out_stride * 4);
       tile_load<1>(job.out + 16, out_stride * 4);
@@ -280,8 +306,7 @@ void matrix_tile(const tile_job &job) {
     if constexpr (Scaled) {
       const bool scale = groups > 1 || end == d.inner;
       alignas(64) float scales[out_stride];
-      for (int p = 0; p < 2 && scale; ++p)
-        column_scales(d, job.ws, (job.first + least(p, job.panels - 1)) * columns_of_panel, g, groups, scales + p * columns_of_panel);
+      column_scales.get(g, scales);
       for (int64_t m = 0; m < job.rows; ++m)
         for (int64_t i = 0; i < out_stride; i += lanes) {
           float *const out = job.out + m * out_stride + i;

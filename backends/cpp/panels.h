@@ -179,15 +179,16 @@ template <> inline constexpr bool is_staged<e4m3_panel> = true;
 /*
  * acc[m][p] += sum over k of a[m][k] * panel p, for M rows and P panels; k ascends in one chain per element, so a result does not
  * depend on M or P. Rows of `a` are `stride` floats apart and hold 16 values of k; the next 16 are `advance` floats further on.
- * Panel p starts at `panels + p * distance`. `a` reads as zero past k up to a multiple of W::step.
+ * `a` reads as zero past k up to a multiple of W::step. Panels are fetched `ahead` bytes before they are needed.
  */
 template <class W, int M, int P, int ahead>
 S3_INLINE void multiply(const float *a, int64_t stride, int64_t advance, const uint8_t *const (&panels)[P], int64_t k,
                         vec (&acc)[M][P * parts]) {
   const uint8_t *at[P];
   for (int p = 0; p < P; ++p) at[p] = panels[p];
-  const auto fetch = [&](int p, int bytes) {
-    if constexpr (ahead > 0)
+  /* inlined where it stands: g++ would take the call for one without effect and drop it */
+  const auto fetch = [&](int bytes) __attribute__((always_inline)) {
+    for (int p = 0; p < P; ++p)
       for (int i = 0; i < bytes; i += 64) __builtin_prefetch(at[p] + ahead + i);
   };
   const auto add_row = [&](const float *x, const vec *w) {
@@ -202,9 +203,9 @@ S3_INLINE void multiply(const float *a, int64_t stride, int64_t advance, const u
   if constexpr (is_staged<W>) {
     alignas(64) uint16_t stage[P][16 * columns_of_panel];
     for (; k >= 16; k -= 16, a += advance) {
+      if constexpr (ahead > 0) fetch(8 * W::bytes);
 #pragma GCC unroll 1
       for (int p = 0; p < P; ++p) {
-        fetch(p, 8 * W::bytes);
         W::stage(at[p], stage[p]);
         at[p] += 8 * W::bytes;
       }
@@ -222,11 +223,11 @@ S3_INLINE void multiply(const float *a, int64_t stride, int64_t advance, const u
     const int64_t left = least(k - k0, 16);
     for (int64_t j = 0; j < left; j += W::step) {
       vec w[W::step][P * parts];
+      if constexpr (ahead > 0) fetch(W::bytes);
 #pragma GCC unroll 8
       for (int p = 0; p < P; ++p) {
         vec cell[W::step][parts];
         W::decode(at[p], cell);
-        fetch(p, W::bytes);
         at[p] += W::bytes;
 #pragma GCC unroll 8
         for (int i = 0; i < W::step * parts; ++i) w[i / parts][p * parts + i % parts] = cell[i / parts][i % parts];

@@ -3,8 +3,8 @@
  * A rounding of a value of 16 bits or less is a table look-up; quantisation is vector code (simd.ts), and what is left over of a row is
  * done one by one.
  */
-import { decode, encode, floatCode, floatValue, roundTo } from "../ir/round.ts";
-import { type DType, dtypeBytes } from "../ir/type.ts";
+import { decode, encode, floatCode, floatValue, roundTo } from "../../ir/round.ts";
+import { type DType, dtypeBytes } from "../../ir/type.ts";
 import { createSimd, type Simd } from "./simd.ts";
 
 /** A rectangle of elements in memory: `rows` runs of `columns`, `stride` elements apart; `bytes` begins at its first element. */
