@@ -1,5 +1,5 @@
 /*
- * Contractions y[r, n] = sum over k of x[r, k] * w[n, k] with packed w (see the panels in simd.h), for all of the linear family.
+ * Contractions y[r, n] = sum over k of x[r, k] * w[n, k] with packed w (see the panels in panels.h), for all of the linear family.
  *
  * Rows come in chunks. The team widens the rows of a chunk in scratch, meets at a barrier, and takes panels (and, when there are few of
  * them, rows) from a counter. Sums over k are one ascending chain per element, or one per scale group: neither the number of rows nor the
