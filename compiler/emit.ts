@@ -45,14 +45,16 @@ interface Choice {
 export const emit = (graph: Graph, sides: Readonly<Record<Role, Side>>, kv: KvLayout | undefined): Emission => {
   const choices = new Map<Op, Choice>();
   const lacking = new Map<string, string>();
-  const alike = new Likeness();
+  const weights = new Set(graph.weights.map((w) => w.value.name));
+  const isWeight = (v: Value): boolean => weights.has(v.name);
+  const alike = new Likeness(isWeight);
   for (const op of graph.ops) {
     if (isExchange(op)) continue;
     const role = roleOf(op.place);
     const like = alike.first(op, role);
     const choice =
       like === op
-        ? choose(op, sides[role], graph, kv, (why) =>
+        ? choose(op, sides[role], graph, isWeight, kv, (why) =>
             lacking.set(`${role} on ${sides[role].backend.name}: ${why}`, op.origin ?? ""),
           )
         : choices.get(like);
@@ -95,6 +97,11 @@ export const emit = (graph: Graph, sides: Readonly<Record<Role, Side>>, kv: KvLa
 class Likeness {
   private readonly firsts = new Map<string, Op>();
   private readonly bodies = new Map<Graph, number>();
+  private readonly isWeight: (v: Value) => boolean;
+
+  constructor(isWeight: (v: Value) => boolean) {
+    this.isWeight = isWeight;
+  }
 
   /** the first op seen that is like this one */
   first(op: Op, role: Role): Op {
@@ -103,7 +110,8 @@ class Likeness {
       body = this.bodies.size;
       this.bodies.set(op.body, body);
     }
-    const types = (values: readonly Value[]): string => values.map((v) => typeText(v.type)).join(" ");
+    const types = (values: readonly Value[]): string =>
+      values.map((v) => `${this.isWeight(v) ? "weight " : ""}${typeText(v.type)}`).join(" ");
     const key = `${role} ${op.kind} ${body} ${JSON.stringify(op.attrs)} ${types(op.inputs)} -> ${types(op.outputs)}`;
     const known = this.firsts.get(key);
     if (known) return known;
@@ -112,11 +120,19 @@ class Likeness {
   }
 }
 
-const choose = (op: Op, side: Side, graph: Graph, kv: KvLayout | undefined, lack: (why: string) => void): Choice | undefined => {
+const choose = (
+  op: Op,
+  side: Side,
+  graph: Graph,
+  isWeight: (v: Value) => boolean,
+  kv: KvLayout | undefined,
+  lack: (why: string) => void,
+): Choice | undefined => {
   const reasons: string[] = [];
   const target: Target = {
     arch: side.arch,
     symbols: graph.symbols,
+    isWeight,
     ...(kv ? { kv } : {}),
     decline: (why) => {
       reasons.push(why);

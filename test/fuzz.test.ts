@@ -1,10 +1,21 @@
 /** Random graphs through the whole compiler and the runtime, against the interpreter. Several go into one graph, so that one build serves them. */
-import { writeFileSync } from "node:fs";
+import { readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { afterAll, expect, test } from "vitest";
 import { onTarget } from "../compiler/eval.ts";
 import { silent } from "../compiler/progress.ts";
-import { evaluate, type Graph, type Op, printGraph, type Tensor, type Value, verify } from "../ir/index.ts";
+import {
+  drawTensor,
+  evaluate,
+  type Graph,
+  type Op,
+  parseGraph,
+  printGraph,
+  randomNumbers,
+  type Tensor,
+  type Value,
+  verify,
+} from "../ir/index.ts";
 import { type RandomCase, randomCase } from "./random_graph.ts";
 import { shareBuilds, workspace } from "./sample.ts";
 
@@ -67,3 +78,29 @@ test("random graphs on the C++ backend are what the interpreter says", async () 
       expect(worst, `seed ${c.seed} ${name}`).toBeLessThanOrEqual(allowed);
     }
 }, 300_000);
+
+test("a contraction with an operand that is an input, not a weight", async () => {
+  const file = join(work.path, "computed.step3");
+  writeFileSync(
+    file,
+    `graph computed
+symbol T 0..8 host
+input x f32[T,40]
+input w f32[24,40]
+y f32[T,24] = linear(x, w) {to: f32}
+output y
+`,
+  );
+  shareBuilds();
+  const graph = parseGraph(readFileSync(file, "utf8"), file);
+  const random = randomNumbers(3);
+  const draw = (shape: number[]): Tensor => drawTensor({ kind: "tensor", dtype: "f32", shape }, "normal", random);
+  const inputs = new Map([
+    ["x", draw([6, 40])],
+    ["w", draw([24, 40])],
+  ]);
+  const want = evaluate(graph, inputs).get("y")?.data ?? new Float64Array();
+  const got = (await onTarget(file, graph, inputs, { target: "cpp" }, silent)).get("y")?.data ?? new Float64Array();
+  expect(got).toHaveLength(6 * 24);
+  for (const [i, w] of want.entries()) expect(Math.abs((got[i] as number) - w)).toBeLessThan(1e-4);
+});
