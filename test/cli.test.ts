@@ -40,7 +40,7 @@ describe("usage", () => {
 describe("input at fault", () => {
   test.each([
     [["compile", "/nowhere/at/all"], /\/nowhere\/at\/all.*no such/],
-    [["compile", "package.json"], /./],
+    [["compile", "package.json"], /a configuration has no weights/],
     [["run", "/nowhere.s3", "--prompt", "a"], /no such bundle/],
     [["check", "ir"], /not a complete bundle/],
     [["inspect", "/nowhere"], /no such file/],
