@@ -1,0 +1,99 @@
+// Instructions of Hopper that CUDA C++ has no words for: barriers in shared memory, bulk copies, and what warpgroup products need.
+// PTX ISA 9.0; compiled for sm_90a only.
+#pragma once
+#include <cuda.h>
+
+#include <cstdint>
+
+namespace s3::hopper {
+
+__device__ __forceinline__ uint32_t shared_address(const void *p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+// --- barriers: phases flip when `arrivals` have arrived and all announced bytes have landed --------------------------------------
+
+struct Barrier {
+  uint64_t word;
+
+  __device__ __forceinline__ void init(uint32_t arrivals) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(this)), "r"(arrivals) : "memory"); }
+  __device__ __forceinline__ void arrive() { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(this)) : "memory"); }
+  /// arrives, and announces bytes that copies will bring
+  __device__ __forceinline__ void expect(uint32_t bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(this)), "r"(bytes) : "memory");
+  }
+  __device__ __forceinline__ bool passed(uint32_t phase) const {
+    uint32_t done;
+    asm volatile(
+        "{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(shared_address(this)), "r"(phase)
+        : "memory");
+    return done != 0;
+  }
+  /// waits for the end of the phase of this parity
+  __device__ __forceinline__ void wait(uint32_t phase) const {
+    asm volatile(
+        "{\n.reg .pred p;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@!p bra again;\n}" ::"r"(shared_address(this)), "r"(phase)
+        : "memory");
+  }
+};
+__device__ __forceinline__ void publish_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+/// The arrival of this thread once its cp.async copies so far have landed; not counted beforehand.
+__device__ __forceinline__ void arrive_after_copies(Barrier &b) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(&b)) : "memory");
+}
+
+// --- copies ---------------------------------------------------------------------------------------------------------------------
+
+/// Cache hints for copies: of what is read once, and of what many blocks read.
+constexpr uint64_t read_once = 0x12F0000000000000, read_often = 0x14F0000000000000;
+
+/// `bytes` (a multiple of 16, both addresses too) from global to shared memory, counted by the barrier.
+__device__ __forceinline__ void bulk_copy(void *to, const void *from, uint32_t bytes, Barrier &b, uint64_t hint) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(shared_address(to)),
+               "l"(from), "r"(bytes), "r"(shared_address(&b)), "l"(hint)
+               : "memory");
+}
+/// The box of a tensor map at (x, y): x counts elements of the inner axis.
+__device__ __forceinline__ void tensor_copy(void *to, const CUtensorMap *map, int32_t x, int32_t y, Barrier &b, uint64_t hint) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(
+                   shared_address(to)),
+               "l"(map), "r"(x), "r"(y), "r"(shared_address(&b)), "l"(hint)
+               : "memory");
+}
+/// 16 bytes by this thread; zeros when `there` is false.
+__device__ __forceinline__ void copy_16(void *to, const void *from, bool there) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(there ? 16 : 0) : "memory");
+}
+/// Makes what this thread wrote to shared memory by ordinary stores visible to copies and warpgroup products.
+__device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// --- warpgroup products -----------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void product_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void product_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int Left>
+__device__ __forceinline__ void product_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Left) : "memory");
+}
+/// Keeps the compiler from moving uses of an accumulator across a wait.
+__device__ __forceinline__ void pin(float &x) { asm volatile("" : "+f"(x)::"memory"); }
+
+enum class Swizzle : uint32_t { none = 0, b128 = 1, b64 = 2, b32 = 3 };
+/// Matrix descriptor of shared memory at an address; offsets in bytes (leading: between columns of core matrices, stride: between groups of 8 rows).
+__device__ __forceinline__ uint64_t matrix(uint32_t address, uint32_t leading, uint32_t stride, Swizzle swizzle) {
+  return static_cast<uint64_t>((address & 0x3FFFF) >> 4) | static_cast<uint64_t>((leading & 0x3FFFF) >> 4) << 16 |
+         static_cast<uint64_t>((stride & 0x3FFFF) >> 4) << 32 | static_cast<uint64_t>(swizzle) << 62;
+}
+
+template <int Registers>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Registers));
+}
+template <int Registers>
+__device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Registers));
+}
+/// Barrier `id` (1 to 15) of some of the block's warps.
+__device__ __forceinline__ void meet(uint32_t id, uint32_t threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+
+}  // namespace s3::hopper

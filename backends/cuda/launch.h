@@ -1,0 +1,71 @@
+// The contract between the CUDA driver of the runtime, the table of a program and its kernels.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "step3.h"
+
+namespace s3 {
+
+/// Bytes that start at zero and that every kernel leaves at zero: tickets and arrival counters of its blocks.
+constexpr uint32_t counter_bytes = 64 << 10;
+
+/// What a kernel's launcher gets on the host. All addresses are of the device.
+struct Call {
+  void *const *args;        // in, inout, out: the order of the schedule's step
+  const s3_head *heads;     // one a segment; rows of segment i are i*stride .. i*stride + heads[i].rows - 1
+  uint32_t segments, stride;
+  uint8_t *scratch;         // of the plan's size, holding anything; another kernel's once this one has ended
+  uint32_t *counters;       // counter_bytes
+  cudaStream_t stream;
+  int processors;           // streaming multiprocessors of the device
+};
+
+/// Enqueues one kernel. Called once, while the segment is captured: sizes that vary are read from the headers on the device.
+using Launcher = cudaError_t (*)(const Call &);
+
+struct Entry {
+  const char *name;
+  uint64_t scratch;
+  Launcher launch;
+};
+
+/// Enqueues `kernel` so that it may start while its predecessor drains. It must call after_predecessor() before it reads what a predecessor
+/// wrote, or writes anything; weights, constants and KV pages of earlier rounds may be read before.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, uint32_t shared_bytes, const Call &call, const Arguments &...arguments) {
+  if (blocks.x == 0 || blocks.y == 0 || blocks.z == 0) return cudaSuccess;
+  if (shared_bytes > 48 << 10) {
+    const cudaError_t raised = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    if (raised != cudaSuccess) return raised;
+  }
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = blocks;
+  config.blockDim = threads;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = call.stream;
+  config.attrs = &overlap;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+}
+
+#ifdef __CUDACC__
+/// Waits until the grids before this one have ended and their writes are seen. Nothing on processors without such launches.
+__device__ __forceinline__ void after_predecessor() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+/// Lets the next grid be scheduled onto processors that this one leaves; what it reads of us waits for our end all the same.
+__device__ __forceinline__ void let_successor_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+#endif
+
+}  // namespace s3
