@@ -116,5 +116,6 @@ export {
   tokenSymbol,
   variableType,
 } from "./c_family.ts";
+export { dialect, scalarHeader, storage } from "./scalar.ts";
 export { compileTemplate, loadTemplate, loadText, sourceFile, type Template } from "./template.ts";
 export type { Dim, DimSymbol, DType, Graph, KvType, Op, TensorType, Value };

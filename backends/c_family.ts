@@ -436,6 +436,9 @@ const scheduleNodes = ({ nodes, outputs }: Nodes): Stages => {
   return stage;
 };
 
+/** The start of a row of an argument: `const bf16 *const in0_row = in0 + row * 256;` */
+export type RowPointer = { readonly type: string; readonly name: string; readonly from: string };
+
 interface RowBuffer {
   readonly type: string;
   readonly name: string;
@@ -460,6 +463,7 @@ class RowEmitter {
   private readonly inputAt: ReadonlyMap<Value, number>;
   private readonly readers: ReadonlyMap<Value, number>;
   private readonly buffers: Map<Value, RowBuffer> = new Map();
+  private readonly pointers: Map<string, RowPointer> = new Map();
   private readonly setup: Set<string> = new Set();
   /** values of one column that are another's name or a literal */
   private readonly atoms: Map<Value, string> = new Map();
@@ -506,7 +510,7 @@ class RowEmitter {
     const tile = stages.flatMap((s) => s.loops).find((l) => l.tile !== 0);
     const tiles = tile === undefined ? 1 : Math.ceil((tile.columns as number) / tileColumns);
     const count = `${this.space.count}, ${tiles}`;
-    const text = JSON.stringify([stages, [...this.setup]]);
+    const text = JSON.stringify([stages, [...this.setup], [...this.pointers.values()]]);
     return {
       about: this.about(),
       bufferBytes: [...this.buffers].reduce((n, [v, b]) => n + b.size * (isWide(dtypeOf(v)) ? 8 : 4), 0),
@@ -515,6 +519,7 @@ class RowEmitter {
         arguments: this.arguments(),
         rows: `${this.space.perToken ? "of_tokens" : "fixed"}(c, ${count})`,
         usesRow: /\brow\b/.test(text),
+        pointers: [...this.pointers.values()],
         setup: [...this.setup],
         buffers: [...this.buffers.values()].map((b) => ({ ...b })),
         stages,
@@ -586,7 +591,7 @@ class RowEmitter {
     if (row === "0") return name;
     const input = name.startsWith("in") ? "const " : "";
     const offset = columns === 1 ? row : `${row.includes(" ") ? `(${row})` : row} * ${columns}`;
-    this.setup.add(`${input}${this.d.storage[dtypeOf(v)]} *const ${name}_row = ${name} + ${offset};`);
+    this.pointers.set(name, { type: `${input}${this.d.storage[dtypeOf(v)]}`, name: `${name}_row`, from: `${name} + ${offset}` });
     return `${name}_row`;
   }
 

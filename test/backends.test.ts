@@ -1,5 +1,5 @@
 import { execFileSync } from "node:child_process";
-import { copyFileSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { copyFileSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
@@ -102,14 +102,14 @@ describe("the in-tree backends", () => {
 
   test("use of the compiler only what the public entry gives", () => {
     const exported = new Set(Object.keys(entry));
-    const cpp = join(root, "backends", "cpp");
-    for (const name of ["assemble", "attention", "dialect", "index", "layout", "linear", "rows", "tokens"])
-      for (const [, names = "", from = ""] of readFileSync(join(cpp, `${name}.ts`), "utf8").matchAll(
-        /import \{([^}]*)\} from "(\.\.\/[^."/]+\.ts)"/g,
-      ))
-        for (const imported of names.split(",").map((n) => n.trim()))
-          if (imported !== "" && !imported.startsWith("type "))
-            expect(exported, `${name}.ts imports ${imported} from ${from}`).toContain(imported);
+    for (const backend of ["cpp", "cuda"])
+      for (const name of readdirSync(join(root, "backends", backend)).filter((file) => file.endsWith(".ts")))
+        for (const [, names = "", from = ""] of readFileSync(join(root, "backends", backend, name), "utf8").matchAll(
+          /import \{([^}]*)\} from "(\.\.\/[^."/]+\.ts)"/g,
+        ))
+          for (const imported of names.split(",").map((n) => n.trim()))
+            if (imported !== "" && !imported.startsWith("type "))
+              expect(exported, `${backend}/${name} imports ${imported} from ${from}`).toContain(imported);
   });
 });
 

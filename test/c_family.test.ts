@@ -1,6 +1,6 @@
 import { describe, expect, test } from "vitest";
 import { type Dialect, elementStatements, fill, planRows, renderScalar, rowBody, rowsOf } from "../backends/c_family.ts";
-import { dialect } from "../backends/cpp/dialect.ts";
+import { dialect } from "../backends/scalar.ts";
 import { rowKernel } from "../backends/cpp/rows.ts";
 import {
   arg,

@@ -1,6 +1,7 @@
 /** The files of a program: kernels, their table, what chooses among instruction sets, and how CMake builds it all. */
 
 import type { ProgramSource } from "../backend.ts";
+import { scalarHeader } from "../scalar.ts";
 import { loadTemplate, loadText, type Template } from "../template.ts";
 
 /**
@@ -20,7 +21,6 @@ const isas: readonly { readonly name: string; readonly flags: string; readonly e
 
 const headers: readonly string[] = [
   "formats.h",
-  "scalar.h",
   "rows.h",
   "choose.h",
   "simd.h",
@@ -69,6 +69,7 @@ export const assemble = (program: ProgramSource): ReadonlyMap<string, string> =>
     ["table.cpp", table({ kernels })],
     ...files,
     ["step3.h", loadText(new URL("../../runtime/step3.h", import.meta.url))],
+    ["scalar.h", scalarHeader()],
     ...headers.map((name): [string, string] => [name, loadText(new URL(`./${name}`, import.meta.url))]),
   ]);
 };

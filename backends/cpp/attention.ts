@@ -5,7 +5,7 @@ import { type KvType, type TensorType, typeText } from "../../ir/type.ts";
 import type { KernelTemplate, KvLayout } from "../backend.ts";
 import { tokenSymbol } from "../c_family.ts";
 import { loadTemplate } from "../template.ts";
-import { dialect, storage } from "./dialect.ts";
+import { dialect, storage } from "../scalar.ts";
 import { type Cell, cellOf, panelColumns } from "./layout.ts";
 
 const pageTokens = 32;

@@ -9,12 +9,6 @@
 namespace s3 {
 inline namespace S3_ISA {
 
-/* floats in their order as unsigned integers, NaN below all */
-S3_INLINE uint32_t rank_of(float x) {
-  const uint32_t u = as_bits(x + 0.0f);
-  return is_nan(x) ? 0 : (u >> 31) != 0 ? ~u : u | 0x80000000u;
-}
-
 /* The k largest of n, largest first. */
 S3_INLINE void top_k(const float *x, int64_t n, int64_t k, float *values, int32_t *ids) {
   int64_t count = 0;
@@ -29,19 +23,6 @@ S3_INLINE void top_k(const float *x, int64_t n, int64_t k, float *values, int32_
     values[at] = x[i];
     ids[at] = (int32_t)i;
   }
-}
-
-/* the finaliser of MurmurHash3's 32-bit variant */
-S3_INLINE uint32_t mixed(uint32_t h) {
-  h = (h ^ (h >> 16)) * 0x85ebca6bu;
-  h = (h ^ (h >> 13)) * 0xc2b2ae35u;
-  return h ^ (h >> 16);
-}
-
-/* the random number of (seed, position), in [0, 1): the one of ir/ops/sample.ts */
-S3_INLINE double uniform(uint32_t seed, uint32_t position) {
-  const uint32_t h = mixed(mixed(seed ^ (position * 0x9e3779b1u)) + 0x85ebca6bu);
-  return (double)(h >> 8) * 0x1p-24;
 }
 
 /*

@@ -15,6 +15,7 @@
 #define S3_ISA baseline
 #endif
 #define S3_INLINE __attribute__((always_inline)) inline
+#define S3_C(function) __builtin_##function /* without the headers that declare it */
 
 namespace s3 {
 inline namespace S3_ISA {

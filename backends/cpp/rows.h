@@ -111,13 +111,6 @@ S3_INLINE double sum(const double *x, int64_t n) {
   return lane[0];
 }
 
-/* Floats in their order as integers, with every NaN above all others; 0x7fc00000 is the NaN. Reducing integers needs no order. */
-S3_INLINE int32_t rising(float x) {
-  const int32_t i = (int32_t)as_bits(x);
-  return is_nan(x) ? 0x7fc00000 : i ^ (int32_t)((uint32_t)(i >> 31) >> 1);
-}
-S3_INLINE float from_rising(int32_t i) { return as_float((uint32_t)(i ^ (int32_t)((uint32_t)(i >> 31) >> 1))); }
-
 S3_INLINE float max(const float *x, int64_t n) {
   int32_t m = rising(x[0]);
   for (int64_t i = 1; i < n; ++i) {

@@ -6,7 +6,7 @@ import { type TensorType, typeText } from "../../ir/type.ts";
 import type { KernelContext, KernelTemplate, Target } from "../backend.ts";
 import { loadElement, rowsOf, storeElement, tileColumns, variableType } from "../c_family.ts";
 import { loadTemplate } from "../template.ts";
-import { dialect, storage } from "./dialect.ts";
+import { dialect, storage } from "../scalar.ts";
 
 const inputType = (op: Op, i: number): TensorType => op.inputs[i]?.type as TensorType;
 const outputType = (op: Op, i: number): TensorType => op.outputs[i]?.type as TensorType;

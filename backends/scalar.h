@@ -1,8 +1,9 @@
 /*
- * Arithmetic of single elements, for loops over columns that the compiler vectorises.
+ * Arithmetic of single elements, for every language of the C family. Its own `formats.h` gives a target the storage of small floats, S3_INLINE
+ * (how a function is declared) and S3_C (a function of the C library by name).
  *
- * Everything is free of branches and of fused multiply-add, so that a loop gives the same bits on every instruction set and for
- * every length. Formats: `value` reads an element as the variable that computes with it (float; double for f64 and integers of 32 bits
+ * Everything is free of branches and, compiled without contraction, of fused multiply-add, so that a loop over columns can be vectorised and
+ * gives the same bits on every instruction set and for every length. Formats: `value` reads an element as the variable that computes with it (float; double for f64 and integers of 32 bits
  * and more); `round_X` is the nearest value of X, ties to even, as a variable; `to_X` its storage, bit for bit as ir/round.ts has it.
  */
 #ifndef S3_SCALAR_H
@@ -63,7 +64,7 @@ S3_INLINE uint32_t magnitude_bits(float x) { return as_bits(x) & 0x7fffffffu; }
 S3_INLINE float to_odd(double x) {
   const float f = (float)x;
   const double back = f;
-  const bool above = __builtin_fabs(back) > __builtin_fabs(x);
+  const bool above = S3_C(fabs)(back) > S3_C(fabs)(x);
   const uint32_t toward_zero = as_bits(f) - (above ? 1u : 0u);
   return as_float(toward_zero | (back < x || back > x ? 1u : 0u));
 }
@@ -127,7 +128,7 @@ S3_INLINE float clamped(float x, float low, float high) {
 S3_INLINE double clamped(double x, double low, double high) {
   const double number = x != x ? 0.0 : x;
   const double bounded = number < low ? low : number > high ? high : number;
-  return __builtin_fabs(bounded) < 0x1p51 ? bounded + 0x1.8p52 - 0x1.8p52 : bounded;
+  return S3_C(fabs)(bounded) < 0x1p51 ? bounded + 0x1.8p52 - 0x1.8p52 : bounded;
 }
 S3_INLINE float round_i8(float x) { return clamped(x, -128.0f, 127.0f); }
 S3_INLINE float round_u8(float x) { return clamped(x, 0.0f, 255.0f); }
@@ -165,6 +166,8 @@ S3_INLINE double to_f64(double x) { return x; }
 
 /* --- arithmetic ------------------------------------------------------------------------------------------------------------- */
 
+S3_INLINE bool is_negative(double x) { return S3_C(copysign)(1.0, x) < 0; }
+
 /* NaN when an operand is NaN; -0 is below 0 */
 S3_INLINE float smaller_of(float x, float y) {
   const float smaller = pick(is_nan(x), x, pick(x < y, x, y));
@@ -174,12 +177,12 @@ S3_INLINE float larger_of(float x, float y) {
   const float larger = pick(is_nan(x), x, pick(x > y, x, y));
   return pick(x == y, as_float(as_bits(x) & as_bits(y)), larger);
 }
-S3_INLINE double smaller_of(double x, double y) { return x != x ? x : x < y || (x == y && __builtin_signbit(x)) ? x : y; }
-S3_INLINE double larger_of(double x, double y) { return x != x ? x : x > y || (x == y && !__builtin_signbit(x)) ? x : y; }
+S3_INLINE double smaller_of(double x, double y) { return x != x ? x : x < y || (x == y && is_negative(x)) ? x : y; }
+S3_INLINE double larger_of(double x, double y) { return x != x ? x : x > y || (x == y && !is_negative(x)) ? x : y; }
 S3_INLINE float magnitude(float x) { return as_float(magnitude_bits(x)); }
-S3_INLINE double magnitude(double x) { return __builtin_fabs(x); }
-S3_INLINE float square_root(float x) { return __builtin_sqrtf(x); }
-S3_INLINE double square_root(double x) { return __builtin_sqrt(x); }
+S3_INLINE double magnitude(double x) { return S3_C(fabs)(x); }
+S3_INLINE float square_root(float x) { return S3_C(sqrtf)(x); }
+S3_INLINE double square_root(double x) { return S3_C(sqrt)(x); }
 
 /* to the nearest integer, ties to even; from 2^23 on every float is one */
 S3_INLINE float nearest(float x) {
@@ -283,19 +286,47 @@ S3_INLINE float error_function(float x) {
  * Of these the C library's double functions are exact enough to be rounded, whatever the argument. They are not vectorised: no model
  * calls them on a hot path (rotary tables are constants). So are all functions of doubles.
  */
-S3_INLINE float sine(float x) { return (float)__builtin_sin((double)x); }
-S3_INLINE float cosine(float x) { return (float)__builtin_cos((double)x); }
-S3_INLINE float power(float x, float y) { return (float)__builtin_pow((double)x, (double)y); }
-S3_INLINE double sine(double x) { return __builtin_sin(x); }
-S3_INLINE double cosine(double x) { return __builtin_cos(x); }
-S3_INLINE double power(double x, double y) { return __builtin_pow(x, y); }
-S3_INLINE double nearest(double x) { return __builtin_fabs(x) < 0x1p51 ? __builtin_copysign(__builtin_fabs(x) + 0x1.8p52 - 0x1.8p52, x) : x; }
-S3_INLINE double floor_of(double x) { return __builtin_floor(x); }
-S3_INLINE double ceil_of(double x) { return __builtin_ceil(x); }
-S3_INLINE double exponential_of(double x) { return __builtin_exp(x); }
-S3_INLINE double logarithm_of(double x) { return __builtin_log(x); }
-S3_INLINE double hyperbolic_tangent(double x) { return __builtin_tanh(x); }
-S3_INLINE double error_function(double x) { return __builtin_erf(x); }
+S3_INLINE float sine(float x) { return (float)S3_C(sin)((double)x); }
+S3_INLINE float cosine(float x) { return (float)S3_C(cos)((double)x); }
+S3_INLINE float power(float x, float y) { return (float)S3_C(pow)((double)x, (double)y); }
+S3_INLINE double sine(double x) { return S3_C(sin)(x); }
+S3_INLINE double cosine(double x) { return S3_C(cos)(x); }
+S3_INLINE double power(double x, double y) { return S3_C(pow)(x, y); }
+S3_INLINE double nearest(double x) { return S3_C(fabs)(x) < 0x1p51 ? S3_C(copysign)(S3_C(fabs)(x) + 0x1.8p52 - 0x1.8p52, x) : x; }
+S3_INLINE double floor_of(double x) { return S3_C(floor)(x); }
+S3_INLINE double ceil_of(double x) { return S3_C(ceil)(x); }
+S3_INLINE double exponential_of(double x) { return S3_C(exp)(x); }
+S3_INLINE double logarithm_of(double x) { return S3_C(log)(x); }
+S3_INLINE double hyperbolic_tangent(double x) { return S3_C(tanh)(x); }
+S3_INLINE double error_function(double x) { return S3_C(erf)(x); }
+
+/* --- order and chance ------------------------------------------------------------------------------------------------------- */
+
+/* Floats in their order as integers, with every NaN above all others; 0x7fc00000 is the NaN. Reducing integers needs no order. */
+S3_INLINE int32_t rising(float x) {
+  const int32_t i = (int32_t)as_bits(x);
+  return is_nan(x) ? 0x7fc00000 : i ^ (int32_t)((uint32_t)(i >> 31) >> 1);
+}
+S3_INLINE float from_rising(int32_t i) { return as_float((uint32_t)(i ^ (int32_t)((uint32_t)(i >> 31) >> 1))); }
+
+/* floats in their order as unsigned integers, NaN below all */
+S3_INLINE uint32_t rank_of(float x) {
+  const uint32_t u = as_bits(x + 0.0f);
+  return is_nan(x) ? 0 : (u >> 31) != 0 ? ~u : u | 0x80000000u;
+}
+
+/* the finaliser of MurmurHash3's 32-bit variant */
+S3_INLINE uint32_t mixed(uint32_t h) {
+  h = (h ^ (h >> 16)) * 0x85ebca6bu;
+  h = (h ^ (h >> 13)) * 0xc2b2ae35u;
+  return h ^ (h >> 16);
+}
+
+/* the random number of (seed, position), in [0, 1): the one of ir/ops/sample.ts */
+S3_INLINE double uniform(uint32_t seed, uint32_t position) {
+  const uint32_t h = mixed(mixed(seed ^ (position * 0x9e3779b1u)) + 0x85ebca6bu);
+  return (double)(h >> 8) * 0x1p-24;
+}
 
 }  // namespace S3_ISA
 }  // namespace s3

@@ -1,7 +1,12 @@
-import type { DType } from "../../ir/type.ts";
-import type { Dialect } from "../c_family.ts";
+/** C++ and its kin with the functions of scalar.h, which a target puts beside its kernels. */
+import type { DType } from "../ir/type.ts";
+import type { Dialect } from "./c_family.ts";
+import { loadText } from "./template.ts";
 
-/** Element types in memory, as simd.h and scalar.h have them. */
+/** The text of scalar.h; a target's own `formats.h` must lie beside it. */
+export const scalarHeader = (): string => loadText(new URL("./scalar.h", import.meta.url));
+
+/** Element types in memory, as scalar.h has them. */
 export const storage: Readonly<Record<DType, string>> = {
   f64: "double",
   f32: "float",
@@ -37,7 +42,6 @@ const literal = (value: number, wide: boolean): string => {
   return text.startsWith("-") ? `(${text})` : text;
 };
 
-/** C++ with the functions of scalar.h. */
 export const dialect: Dialect = {
   name: "C++",
   narrow: "float",
