@@ -118,4 +118,5 @@ export {
 } from "./c_family.ts";
 export { dialect, scalarHeader, storage } from "./scalar.ts";
 export { compileTemplate, loadTemplate, loadText, sourceFile, type Template } from "./template.ts";
+export { tokenKernels } from "./tokens.ts";
 export type { Dim, DimSymbol, DType, Graph, KvType, Op, TensorType, Value };

@@ -78,6 +78,8 @@ export const checkBackend = (
   options: {
     readonly arch?: string;
     readonly runner?: KernelRunner;
+    /** takes the program and the file of cases with which `step3-selftest` checks it elsewhere */
+    readonly pack?: (program: ReadonlyMap<string, string>, cases: Uint8Array) => void;
     readonly only?: readonly string[];
     readonly seed?: number;
   } = {},
@@ -96,6 +98,7 @@ export const checkBackend = (
     }
   }
   const files = assembled(backend, arch, [...texts.values()]);
+  options.pack?.(files, caseFile(prepared));
   const checked = options.runner === undefined ? prepared.map(matched) : runAll(prepared, options.runner.build(files));
   const all = [...results, ...checked];
   const lacking = allKnowledge
@@ -198,11 +201,114 @@ const bytesOf = (tensor: Tensor, step: Step, input: number): Uint8Array => {
   return out;
 };
 
+/** Bytes of the file that runtime/selftest.cpp describes, front to back. */
+class CaseFile {
+  private readonly parts: Uint8Array[] = [];
+  u8(x: number): void {
+    this.parts.push(Uint8Array.of(x));
+  }
+  u32(x: number): void {
+    this.parts.push(new Uint8Array(Uint32Array.of(x).buffer));
+  }
+  u64(x: number): void {
+    this.parts.push(new Uint8Array(BigUint64Array.of(BigInt(x)).buffer));
+  }
+  text(s: string): void {
+    const bytes = new TextEncoder().encode(s);
+    this.u32(bytes.length);
+    this.parts.push(bytes);
+  }
+  bytes(b: Uint8Array): void {
+    this.parts.push(b);
+  }
+  doubles(x: Float64Array): void {
+    this.parts.push(new Uint8Array(x.buffer, x.byteOffset, x.byteLength));
+  }
+  done(): Uint8Array {
+    const all = new Uint8Array(this.parts.reduce((n, p) => n + p.length, 0));
+    let at = 0;
+    for (const p of this.parts) {
+      all.set(p, at);
+      at += p.length;
+    }
+    return all;
+  }
+}
+
+/** Cases for `step3-selftest`, which runs them where the target is. */
+const caseFile = (prepared: readonly Prepared[]): Uint8Array => {
+  const file = new CaseFile();
+  file.bytes(new TextEncoder().encode("S3KT0001"));
+  file.u32(prepared.length);
+  for (const p of prepared) {
+    file.text(`${p.op} '${p.sample}' (${(p.steps.find((s) => s.op.kind === p.op) as Step).kernel.name})`);
+    const memory = new Memory(p);
+    // a buffer for each value that is not packed, and one for each way in which a weight is
+    const buffers: { readonly kind: 0 | 1 | 2; readonly bytes: number; readonly given?: Uint8Array }[] = [];
+    const places = new Map<string, number>();
+    const launches = p.steps.map((step) => {
+      const { args, kernel, rows } = memory.launch(step);
+      const kv = (v: Value): boolean => v.type.kind === "kv";
+      const changes = step.op.outputs.some(kv);
+      const inputs = step.op.inputs.map((v, i) => ({ v, i })).filter(({ v }) => !changes || !kv(v));
+      const values = [
+        ...inputs.map(({ v, i }) => ({ v, key: step.plan.layouts?.[i] ? `${v.name} ${step.plan.layouts[i].name}` : v.name })),
+        ...step.op.inputs.filter((v) => changes && kv(v)).map((v) => ({ v, key: v.name })),
+        ...step.op.outputs.filter((v) => !kv(v)).map((v) => ({ v, key: v.name })),
+      ];
+      const places_ = values.map(({ v, key }, n) => {
+        const state = kv(v) ? (p.given.graph.states[0] as Value).name : key;
+        const known = places.get(state);
+        if (known !== undefined) return known;
+        const arg = args[n] as KernelLaunch["args"][number];
+        places.set(state, buffers.length);
+        if ("written" in arg) buffers.push({ kind: 1, bytes: arg.written });
+        else {
+          const given = "read" in arg ? arg.read : arg.both;
+          buffers.push({ kind: "read" in arg && !kv(v) ? 0 : 2, bytes: given.length, given });
+        }
+        return buffers.length - 1;
+      });
+      memory.keep(
+        step,
+        args.flatMap((a) => ("both" in a ? [a.both] : "written" in a ? [new Uint8Array(a.written)] : [])),
+      );
+      return { kernel, rows, args: places_ };
+    });
+    file.u32(buffers.length);
+    for (const b of buffers) {
+      file.u8(b.kind);
+      file.u64(b.bytes);
+      if (b.given) file.bytes(b.given);
+    }
+    file.u32(launches.length);
+    for (const l of launches) {
+      file.text(l.kernel);
+      file.u32(l.rows);
+      file.u32(l.args.length);
+      for (const a of l.args) file.u32(a);
+    }
+    const reference = referenceOf(p);
+    file.u32(p.given.graph.outputs.length);
+    for (const v of p.given.graph.outputs) {
+      const expected = reference.get(v.name) as Tensor;
+      file.u32(places.get(v.name) as number);
+      file.text(expected.dtype);
+      file.u64(expected.data.length);
+      file.doubles(expected.data);
+      file.doubles(Float64Array.from(expected.data, allowance(expected)));
+    }
+  }
+  return file.done();
+};
+
+const referenceOf = (p: Prepared): ReadonlyMap<string, Tensor> => {
+  const states = new Map(p.given.graph.states.map((s) => [s.name, kvState(p.kv?.pageTokens)]));
+  return evaluate(p.given.graph, p.given.inputs, undefined, states, p.given.symbols);
+};
+
 const runAll = (prepared: readonly Prepared[], program: KernelProgram): SampleResult[] => {
-  const references = prepared.map((p) => {
-    const states = new Map(p.given.graph.states.map((s) => [s.name, kvState(p.kv?.pageTokens)]));
-    return evaluate(p.given.graph, p.given.inputs, undefined, states, p.given.symbols);
-  });
+  const references = prepared.map(referenceOf);
   const errors = prepared.map((): Record<string, number> => ({}));
   for (const variant of program.variants) {
     const memories = prepared.map((p) => new Memory(p));
@@ -297,22 +403,24 @@ const spacing = (dtype: DType, x: number): number => {
  * of 8-bit integers one step; nothing for other integers and for NaN and infinity.
  */
 export const errorOf = (reference: Tensor, got: ArrayLike<number>): number => {
-  const { data, dtype } = reference;
+  const { data } = reference;
   if (got.length !== data.length) return Number.POSITIVE_INFINITY;
-  const largest = data.reduce((m, x) => (Number.isFinite(x) ? Math.max(m, Math.abs(x)) : m), 0);
+  const allowed = allowance(reference);
   let worst = 0;
   for (let i = 0; i < data.length; i++) {
     const [a, b] = [data[i] as number, got[i] as number];
     if (a === b || (Number.isNaN(a) && Number.isNaN(b))) continue;
-    const allowed = isFloat(dtype)
-      ? Math.abs(a) * 2 ** -17 + largest * 2 ** -19 + spacing(dtype, a)
-      : dtype === "i8" || dtype === "u8"
-        ? 1
-        : 0;
-    const error = Math.abs(a - b) / allowed;
+    const error = Math.abs(a - b) / allowed(a);
     worst = Math.max(worst, Number.isNaN(error) ? Number.POSITIVE_INFINITY : error);
   }
   return worst;
+};
+
+/** What an element of a tensor may differ by, given what it should be. */
+const allowance = ({ data, dtype }: Tensor): ((x: number) => number) => {
+  if (!isFloat(dtype)) return () => (dtype === "i8" || dtype === "u8" ? 1 : 0);
+  const largest = data.reduce((m, x) => (Number.isFinite(x) ? Math.max(m, Math.abs(x)) : m), 0);
+  return (x) => Math.abs(x) * 2 ** -17 + largest * 2 ** -19 + spacing(dtype, x);
 };
 
 /** The report for people: one line an op, then everything that is wrong or lacking. */

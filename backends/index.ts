@@ -13,6 +13,7 @@ export type { Backend } from "./backend.ts";
 /** The in-tree backends. */
 const inTree: Readonly<Record<string, () => Promise<{ readonly default: Backend }>>> = {
   cpp: () => import("./cpp/index.ts"),
+  cuda: () => import("./cuda/index.ts"),
   null: () => import("./null/index.ts"),
 };
 export const backendNames: readonly string[] = Object.keys(inTree);

@@ -7,7 +7,7 @@ import { printGraph } from "../ir/print.ts";
 import type { Schedule } from "../ir/schedule.ts";
 import { printSchedule } from "../ir/schedule_text.ts";
 import type { KvType } from "../ir/type.ts";
-import { type Emission, emit, type Role, type Side } from "./emit.ts";
+import { type Emission, emit, type Role, roleOf, runsOn, type Side } from "./emit.ts";
 import { type Model, readModel, resume } from "./model.ts";
 import { packBundle } from "./pack.ts";
 import { runPasses } from "./pass.ts";
@@ -64,7 +64,12 @@ export const compile = async (source: string, options: CompileOptions, progress:
     const resumed = options.from === undefined ? undefined : resume(options.from);
     const graph = runPasses(
       resumed?.graph ?? model.graph,
-      passes({ ...options, ffn: options.ranks.ffn, split: options.ffnSplit }),
+      passes({
+        ...options,
+        ffn: options.ranks.ffn,
+        split: options.ffnSplit,
+        runs: (op, g) => runsOn(op, sides[roleOf(op.place)], g, kvLayout(g, sides.attention.backend)),
+      }),
       {
         printAfter: options.printIrAfter,
         dumpTo: options.dumpTo,

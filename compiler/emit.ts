@@ -129,16 +129,7 @@ const choose = (
   lack: (why: string) => void,
 ): Choice | undefined => {
   const reasons: string[] = [];
-  const target: Target = {
-    arch: side.arch,
-    symbols: graph.symbols,
-    isWeight,
-    ...(kv ? { kv } : {}),
-    decline: (why) => {
-      reasons.push(why);
-      return undefined;
-    },
-  };
+  const target = targetOf(side, graph, isWeight, kv, reasons);
   for (const template of side.backend.kernels) {
     const plan = template.match(op, target);
     if (plan) {
@@ -149,6 +140,31 @@ const choose = (
   const shape = op.inputs.map((v) => typeText(v.type)).join(", ");
   lack(`${op.kind}(${shape})${reasons.length > 0 ? `: ${[...new Set(reasons)].join("; ")}` : ""}`);
   return undefined;
+};
+
+/** What templates are told of their target; why they decline goes to `reasons`. */
+const targetOf = (
+  side: Side,
+  graph: Graph,
+  isWeight: (v: Value) => boolean,
+  kv: KvLayout | undefined,
+  reasons: string[],
+): Target => ({
+  arch: side.arch,
+  symbols: graph.symbols,
+  isWeight,
+  ...(kv ? { kv } : {}),
+  decline: (why) => {
+    reasons.push(why);
+    return undefined;
+  },
+});
+
+/** Whether a side has a kernel for an op of the graph. */
+export const runsOn = (op: Op, side: Side, graph: Graph, kv: KvLayout | undefined): boolean => {
+  const weights = new Set(graph.weights.map((w) => w.value.name));
+  const target = targetOf(side, graph, (v) => weights.has(v.name), kv, []);
+  return side.backend.kernels.some((template) => template.match(op, target) !== undefined);
 };
 
 const lackingError = (lacking: ReadonlyMap<string, string>): UserError => {

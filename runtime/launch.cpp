@@ -14,6 +14,7 @@
 
 #include "devices/device.h"
 #include "error.h"
+#include "library.h"
 
 namespace s3 {
 
@@ -44,10 +45,16 @@ void tell(int fd, Frame kind, const std::string &text) {
 
 }  // namespace
 
+/// The driver of a rank's device: the built-in one, or the one that its program brings.
 const s3_device *Launcher::device(RankId rank) const {
   const std::string &name = bundle_.manifest.program(rank.role).device;
   if (name == "cpp") return cppDevice();
-  fail(exit_input, "this step3-run has no driver for device '", name, "' of rank ", rank.name(), "; use a bundle compiled for another target");
+  const std::string &program = rank.role == Role::attention ? options_.engine.program_attention : options_.engine.program_ffn;
+  const auto find = symbol<const s3_device *(*)()>(program, "s3_device_v1");
+  if (!find) fail(exit_input, program, ": brings no driver for device '", name, "' of rank ", rank.name(), " (s3_device_v1); build the program again");
+  const s3_device *driver = find();
+  if (driver->abi != S3_ABI) fail(exit_input, program, ": its driver speaks abi ", driver->abi, ", this runtime ", S3_ABI, "; build both from the same bundle");
+  return driver;
 }
 
 /// Ranks as threads of this process. Engines go only when every thread has left, since ranks write each other's memory.

@@ -117,7 +117,7 @@ describe("what is wrong with a backend is said in words", () => {
   const backend = (changes: string): string =>
     `export default { name: "x", api: 1, device: "x", arches: ["one"], dtypes: ["f32"], kernels: [], assemble() {}, ${changes} };`;
   const cases: readonly [what: string, make: () => string, message: string | RegExp][] = [
-    ["no such name", () => "nothing-of-this-name", "no backend 'nothing-of-this-name': in the tree are cpp, null"],
+    ["no such name", () => "nothing-of-this-name", "no backend 'nothing-of-this-name': in the tree are cpp, cuda, null"],
     ["no such folder", () => join(outside, "absent"), /there is no .*absent/],
     ["a folder without a module", () => dirname(file("empty/readme.txt", "")), "has no module to load"],
     ["bad package.json", () => dirname(file("badjson/package.json", "{")), "package.json is not JSON"],

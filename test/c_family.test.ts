@@ -1,7 +1,7 @@
 import { describe, expect, test } from "vitest";
 import { type Dialect, elementStatements, fill, planRows, renderScalar, rowBody, rowsOf } from "../backends/c_family.ts";
-import { dialect } from "../backends/scalar.ts";
 import { rowKernel } from "../backends/cpp/rows.ts";
+import { dialect } from "../backends/scalar.ts";
 import {
   arg,
   Builder,

@@ -12,7 +12,7 @@ import type { Backend, KernelTemplate } from "../backends/backend.ts";
 import { checkBackend, errorOf, type KernelRunner, type SampleResult } from "../backends/conformance.ts";
 import { assemble } from "../backends/cpp/assemble.ts";
 import { rowKernel } from "../backends/cpp/rows.ts";
-import { tokenKernels } from "../backends/cpp/tokens.ts";
+import { tokenKernels } from "../backends/tokens.ts";
 import {
   Builder,
   concrete,
@@ -36,7 +36,7 @@ import {
 import { buildProgram, isasOf, runKernels } from "./native.ts";
 
 const root = join(dirname(fileURLToPath(import.meta.url)), "..");
-const kernels: readonly KernelTemplate[] = [...tokenKernels, rowKernel];
+const kernels: readonly KernelTemplate[] = [...tokenKernels(new URL("../backends/cpp/index.ts", import.meta.url)), rowKernel];
 /** Row kernels have nothing of their own for the matrix unit: amx is avx512 to them. */
 const isas = ["baseline", "avx2", "avx512"];
 const options = [`-DS3_ISAS=${isas.join(";")}`];

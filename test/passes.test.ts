@@ -606,6 +606,70 @@ const runLines = (text: string, file: string): readonly Pass[] => {
 /** How far results may be from those before the pass; 0: the same bits. */
 const tolerance: Readonly<Record<string, number>> = { quantise: 0.15, shard: 0.02 };
 
+describe("join", () => {
+  const isContractionOp = (op: Op): boolean => op.kind.includes("linear");
+  const bodyOps = (op: Op): readonly Op[] => op.body?.ops ?? [op];
+
+  test("leaves a graph alone whose targets have nothing larger", () => {
+    const alone = through({ precision: "fp8", kv: "fp8", stopAfter: "dead" });
+    expect(printGraph(through({ precision: "fp8", kv: "fp8" }))).toBe(printGraph(alone));
+  });
+
+  for (const [precision, kv] of policies)
+    test(`weights ${precision}, kv ${kv}: keeps every bit, whatever targets take`, () => {
+      const options = { precision, kv, ffn: 2, split: "ep" } as const;
+      const expected = logits(through({ ...options, stopAfter: "dead" }));
+      const apart = through({ ...options, stopAfter: "dead" }).ops.length;
+      let last = apart;
+      for (const runs of [
+        // contractions of the same rows; anything at all
+        (op: Op): boolean => bodyOps(op).every(isContractionOp),
+        (): boolean => true,
+      ]) {
+        const joined = through({ ...options, runs });
+        expect(joined.ops.length).toBeLessThan(last);
+        expect(logits(joined).data).toEqual(expected.data);
+        last = joined.ops.length;
+      }
+    });
+
+  test("offers a target the layers' kernels once, and each body to the side that would run it", () => {
+    const offered: string[] = [];
+    through({
+      precision: "fp8",
+      kv: "fp8",
+      runs: (op) => {
+        offered.push(`${op.place}\n${printGraph({ ...(op.body as Graph), symbols: [] })}`);
+        return false;
+      },
+    });
+    expect(new Set(offered).size).toBe(offered.length);
+    expect(offered.some((text) => text.startsWith("attention") && text.includes("kv_append"))).toBe(true);
+    expect(offered.some((text) => text.startsWith("ffn") && text.split("scaled_linear").length === 3)).toBe(true);
+  });
+
+  test("keeps every bit of random graphs", () => {
+    for (let seed = 0; seed < 40; seed++) {
+      const c = randomCase(seed, { ops: 20 });
+      const options = { precision: "bf16", kv: "bf16", ffn: 1, split: "ep", runs: () => true } as const;
+      const joined = runPasses(c.graph, passes(options));
+      const weights = drawnWeights(c.graph, seed);
+      const reference = run(c.graph, weights, c.inputs);
+      for (const [name, y] of run(joined, weights, c.inputs))
+        expect(y.data, `seed ${seed}, ${name}`).toEqual(reference.get(name)?.data);
+    }
+  });
+
+  test("joins as often as it may", () => {
+    const options = { precision: "bf16", kv: "bf16", runs: () => true } as const;
+    const all = through(options);
+    const before = through({ ...options, stopAfter: "dead" });
+    const half = through({ ...options, limit: 1_000_000, skip: ["join"] });
+    expect(printGraph(half)).toBe(printGraph(before));
+    expect(all.ops.length).toBeLessThan(before.ops.length);
+  });
+});
+
 describe("goldens", () => {
   const directory = join(import.meta.dirname, "golden", "passes");
   const files = readdirSync(directory);

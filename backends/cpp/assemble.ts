@@ -19,15 +19,7 @@ const isas: readonly { readonly name: string; readonly flags: string; readonly e
   { name: "baseline", flags: "-march=x86-64", emulated: "" },
 ];
 
-const headers: readonly string[] = [
-  "formats.h",
-  "rows.h",
-  "choose.h",
-  "simd.h",
-  "panels.h",
-  "contract.h",
-  "attention.h",
-];
+const headers: readonly string[] = ["formats.h", "rows.h", "choose.h", "simd.h", "panels.h", "contract.h", "attention.h"];
 
 const part = (name: string): Template => loadTemplate(new URL(`./program/${name}.hbs`, import.meta.url));
 const cmake = part("CMakeLists.txt");

@@ -4,8 +4,8 @@ import type { Op, Value } from "../../ir/graph.ts";
 import { type KvType, type TensorType, typeText } from "../../ir/type.ts";
 import type { KernelTemplate, KvLayout } from "../backend.ts";
 import { tokenSymbol } from "../c_family.ts";
-import { loadTemplate } from "../template.ts";
 import { dialect, storage } from "../scalar.ts";
+import { loadTemplate } from "../template.ts";
 import { type Cell, cellOf, panelColumns } from "./layout.ts";
 
 const pageTokens = 32;

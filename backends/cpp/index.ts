@@ -2,11 +2,11 @@
 
 import { type DType, dtypes } from "../../ir/type.ts";
 import type { Backend } from "../backend.ts";
+import { tokenKernels } from "../tokens.ts";
 import { assemble } from "./assemble.ts";
 import { attentionKernels, kv } from "./attention.ts";
 import { linearKernels } from "./linear.ts";
 import { rowKernel } from "./rows.ts";
-import { tokenKernels } from "./tokens.ts";
 
 const backend: Backend = {
   name: "cpp",
@@ -14,7 +14,7 @@ const backend: Backend = {
   device: "cpp",
   arches: ["any"],
   dtypes: dtypes as readonly DType[],
-  kernels: [...linearKernels, ...attentionKernels, ...tokenKernels, rowKernel],
+  kernels: [...linearKernels, ...attentionKernels, ...tokenKernels(new URL(import.meta.url)), rowKernel],
   kv,
   assemble,
 };

@@ -8,8 +8,8 @@ import { knowledge } from "../../ir/ops/index.ts";
 import { type DType, type TensorType, typeText } from "../../ir/type.ts";
 import type { ContextValue, KernelPlan, KernelTemplate, Layout, Target } from "../backend.ts";
 import { elementStatements, loadElement, rowsOf, storeElement } from "../c_family.ts";
-import { loadTemplate } from "../template.ts";
 import { dialect, storage } from "../scalar.ts";
+import { loadTemplate } from "../template.ts";
 import { cellOf, cellsOf, panelColumns, panels } from "./layout.ts";
 
 /** Rows that contract.h stores at a time, the counter before them, and what matrix units may read past them. */

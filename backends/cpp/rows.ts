@@ -2,8 +2,8 @@
 
 import type { KernelTemplate } from "../backend.ts";
 import { planRows, rowBody } from "../c_family.ts";
-import { loadTemplate } from "../template.ts";
 import { dialect } from "../scalar.ts";
+import { loadTemplate } from "../template.ts";
 
 const template = loadTemplate(new URL("./kernels/row.hbs", import.meta.url));
 

@@ -20,6 +20,18 @@ struct Barrier {
   __device__ __forceinline__ void expect(uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(this)), "r"(bytes) : "memory");
   }
+  /// announces bytes without arriving
+  __device__ __forceinline__ void announce(uint32_t bytes) {
+    asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(shared_address(this)), "r"(bytes) : "memory");
+  }
+  /// arrives at the barrier in the same place of another block of the cluster
+  __device__ __forceinline__ void arrive_at(uint32_t block) {
+    asm volatile(
+        "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\nmbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(
+            shared_address(this)),
+        "r"(block)
+        : "memory");
+  }
   __device__ __forceinline__ bool passed(uint32_t phase) const {
     uint32_t done;
     asm volatile(
@@ -53,6 +65,14 @@ __device__ __forceinline__ void bulk_copy(void *to, const void *from, uint32_t b
                "l"(from), "r"(bytes), "r"(shared_address(&b)), "l"(hint)
                : "memory");
 }
+/// The same to the same place of every block of the cluster in `blocks`, a bit for each; each one's own barrier counts what it gets.
+__device__ __forceinline__ void bulk_copy_to(uint16_t blocks, void *to, const void *from, uint32_t bytes, Barrier &b, uint64_t hint) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint [%0], [%1], %2, [%3], %4, %5;" ::"r"(
+          shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(&b)), "h"(blocks), "l"(hint)
+      : "memory");
+}
 /// The box of a tensor map at (x, y): x counts elements of the inner axis.
 __device__ __forceinline__ void tensor_copy(void *to, const CUtensorMap *map, int32_t x, int32_t y, Barrier &b, uint64_t hint) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(
@@ -66,6 +86,26 @@ __device__ __forceinline__ void copy_16(void *to, const void *from, bool there) 
 }
 /// Makes what this thread wrote to shared memory by ordinary stores visible to copies and warpgroup products.
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// --- clusters -------------------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ uint32_t block_of_cluster() {
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+/// All threads of all blocks of the cluster meet; what they wrote to each other's shared memory before is seen after.
+__device__ __forceinline__ void meet_cluster() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+/// The address in a block of the cluster of what this block has at `address`.
+__device__ __forceinline__ uint32_t address_in(uint32_t block, uint32_t address) {
+  uint32_t there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(block));
+  return there;
+}
+__device__ __forceinline__ void store_in_cluster(uint32_t address, float x) { asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address), "f"(x) : "memory"); }
+__device__ __forceinline__ void store_in_cluster(uint32_t address, int32_t x) { asm volatile("st.shared::cluster.s32 [%0], %1;" ::"r"(address), "r"(x) : "memory"); }
 
 // --- warpgroup products -----------------------------------------------------------------------------------------------------------
 
@@ -93,6 +133,7 @@ template <int Registers>
 __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Registers));
 }
+__device__ __forceinline__ void pin(int32_t &x) { asm volatile("" : "+r"(x)::"memory"); }
 /// Barrier `id` (1 to 15) of some of the block's warps.
 __device__ __forceinline__ void meet(uint32_t id, uint32_t threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 

@@ -3,6 +3,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "step3.h"
 
@@ -31,6 +32,13 @@ struct Entry {
   Launcher launch;
 };
 
+/// An argument of the schedule as the pointer that a kernel wants of it; anything else as it is.
+template <typename Parameter, typename Argument>
+Parameter parameter(const Argument &argument) {
+  if constexpr (std::is_pointer_v<Parameter> && std::is_same_v<Argument, void *>) return static_cast<Parameter>(argument);
+  else return argument;
+}
+
 /// Enqueues `kernel` so that it may start while its predecessor drains. It must call after_predecessor() before it reads what a predecessor
 /// wrote, or writes anything; weights, constants and KV pages of earlier rounds may be read before.
 template <typename... Parameters, typename... Arguments>
@@ -50,7 +58,7 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, uin
   config.stream = call.stream;
   config.attrs = &overlap;
   config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+  return cudaLaunchKernelEx(&config, kernel, parameter<Parameters>(arguments)...);
 }
 
 #ifdef __CUDACC__

@@ -3,6 +3,8 @@
 // A reduction adds what each thread holds in ascending columns, then the threads of a warp in a tree, then the warps in order: the same bits
 // whatever the other rows are.
 #pragma once
+#include <type_traits>
+
 #include "launch.h"
 #include "scalar.h"
 
@@ -68,6 +70,33 @@ struct Piece {
   __device__ __forceinline__ T &operator[](Column i) { return values[i.lane]; }
   __device__ __forceinline__ const T &operator[](Column i) const { return values[i.lane]; }
 };
+
+/// This thread's columns of a row in memory.
+template <class T, int Columns, int Threads, int Width>
+__device__ __forceinline__ void load(Held<T, Columns, Threads, Width> &to, const T *row) {
+  using H = Held<T, Columns, Threads, Width>;
+#pragma unroll
+  for (int chunk = 0; chunk < H::chunks; ++chunk) {
+    const int64_t first = H::first(chunk);
+    if (Columns % (Threads * Width) != 0 && first >= Columns) break;
+    const Piece<T, Width> piece(row + first);
+#pragma unroll
+    for (int lane = 0; lane < Width; ++lane) to.values[chunk][lane] = piece.values[lane];
+  }
+}
+
+/// Copies a row by all threads of a block; zeros when there is no source.
+template <class T, int64_t Columns>
+__device__ __forceinline__ void copy_row(T *to, const T *from) {
+  constexpr int width = Columns % 8 == 0 ? 8 : 1;
+  for (int64_t i = threadIdx.x * width; i < Columns; i += blockDim.x * width) {
+    Piece<T, width> piece;
+    if (from != nullptr) piece = Piece<T, width>(from + i);
+    else
+      for (int lane = 0; lane < width; ++lane) piece.values[lane] = T{};
+    piece.store(to + i);
+  }
+}
 
 // --- reductions by all threads of a block -----------------------------------------------------------------------------------------
 

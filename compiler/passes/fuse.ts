@@ -73,7 +73,8 @@ interface Site {
   readonly readings: ReadonlySet<Op>;
 }
 
-const segments = (g: Graph): ReadonlyMap<Op, number> => {
+/** How many exchanges began or ended before each op. */
+export const segments = (g: Graph): ReadonlyMap<Op, number> => {
   let n = 0;
   return new Map(g.ops.map((op) => [op, op.kind === "dispatch" || op.kind === "collect" ? ++n : n] as const));
 };
@@ -405,7 +406,7 @@ const bodyOf = (g: Graph, kernel: Kernel, outputs: readonly Value[], name: strin
 };
 
 /** `layers.3.moe + layers.3.norm`: where the ops of a kernel come from, the first few. */
-const originsOf = (ops: Iterable<Op>): { readonly origin?: string } => {
+export const originsOf = (ops: Iterable<Op>): { readonly origin?: string } => {
   const all = [...new Set([...ops].flatMap((op) => op.origin ?? []))];
   if (all.length === 0) return {};
   const more = all.length > 3 ? ` + ${all.length - 3} more` : "";
@@ -492,7 +493,7 @@ const assemble = (g: Graph, chosen: ReadonlyMap<string, ReadonlySet<string>>, co
 };
 
 /** Units so that values are made before they are used, otherwise by `at`. */
-const inOrder = <U extends { readonly at: number; readonly inputs: readonly Value[] }>(
+export const inOrder = <U extends { readonly at: number; readonly inputs: readonly Value[] }>(
   units: readonly U[],
   makes: (unit: U) => ReadonlySet<string>,
 ): readonly U[] => {

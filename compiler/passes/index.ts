@@ -3,6 +3,7 @@ import type { Pass } from "../pass.ts";
 import { dead } from "./dead.ts";
 import { fold } from "./fold.ts";
 import { fuse } from "./fuse.ts";
+import { join, type Runs } from "./join.ts";
 import { partition } from "./partition.ts";
 import { type Precision, quantise } from "./quantise.ts";
 import { shard } from "./shard.ts";
@@ -14,9 +15,11 @@ export interface PassesOptions {
   readonly ffn: number;
   /** `ep`, `tp` or `epXtpY` */
   readonly split: string;
+  /** what the targets have kernels for; absent: nothing that is joined */
+  readonly runs?: Runs;
 }
 
-export const passes = ({ precision, kv, ffn, split }: PassesOptions): readonly Pass[] => [
+export const passes = ({ precision, kv, ffn, split, runs }: PassesOptions): readonly Pass[] => [
   // first, so that all that follows sees each thing once
   fold,
   // before the partition, which weighs the bytes that cross: quantised tokens are smaller, and are quantised before they leave
@@ -28,4 +31,6 @@ export const passes = ({ precision, kv, ffn, split }: PassesOptions): readonly P
   fuse,
   // constants that went into kernels
   dead,
+  // kernels as large as the targets have them
+  join(runs ?? (() => false)),
 ];

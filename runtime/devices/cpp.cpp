@@ -1,13 +1,6 @@
 // The host's processor as a device: kernels of a shared library, run by a team of threads. Launches run where submit() is called, so every
 // event has already happened when it is given.
-#include <dlfcn.h>
-#include <fcntl.h>
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <cerrno>
-#include <climits>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <thread>
@@ -16,8 +9,10 @@
 
 #include "../error.h"
 #include "../json.h"
+#include "../library.h"
 #include "device.h"
 #include "futex.h"
+#include "host_memory.h"
 
 namespace s3 {
 
@@ -114,28 +109,17 @@ class Team {
   }
 };
 
-struct Memory {
-  void *address = nullptr;
-  std::uint64_t bytes = 0;
-  int fd = -1;  // shared memory
-};
-
 struct Device {
-  std::string error, program_path;
-  void *library = nullptr;
+  std::string error;
   const s3_program *program = nullptr;
   std::unordered_map<std::string, std::uint32_t> kernels;
-  std::vector<Memory> memory;
+  std::vector<HostMemory> memory;
   std::vector<std::unique_ptr<Segment>> segments;
   std::unique_ptr<Team> team;
 
   ~Device() {
     team.reset();
-    for (const Memory &m : memory) {
-      ::munmap(m.address, m.bytes);
-      if (m.fd >= 0) ::close(m.fd);
-    }
-    if (library) ::dlclose(library);
+    for (const HostMemory &m : memory) m.unmap();
   }
   int refuse(int code, std::string why) {
     error = std::move(why);
@@ -144,29 +128,6 @@ struct Device {
 };
 
 Device &of(s3_dev *dev) { return *reinterpret_cast<Device *>(dev); }
-
-constexpr std::uint64_t page = 4096;
-constexpr std::uint64_t huge = 2u << 20;
-
-int allocate(Device &d, std::uint64_t bytes, bool shared, Memory &m) {
-  m.bytes = (std::max<std::uint64_t>(bytes, 1) + page - 1) / page * page;
-  if (shared) {
-    m.fd = ::memfd_create("step3c-exchange", MFD_CLOEXEC | MFD_ALLOW_SEALING);
-    if (m.fd < 0 || ::ftruncate(m.fd, static_cast<off_t>(m.bytes)) != 0) {
-      if (m.fd >= 0) ::close(m.fd);
-      return d.refuse(exit_input, say("no ", m.bytes, " bytes of shared memory (", std::strerror(errno), ")"));
-    }
-    ::fcntl(m.fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL);
-  }
-  m.address = ::mmap(nullptr, m.bytes, PROT_READ | PROT_WRITE, shared ? MAP_SHARED : MAP_PRIVATE | MAP_ANONYMOUS, m.fd, 0);
-  if (m.address == MAP_FAILED) {
-    if (m.fd >= 0) ::close(m.fd);
-    return d.refuse(exit_input, say("no ", m.bytes, " bytes of memory (", std::strerror(errno), "); use more ranks or a smaller batch or context"));
-  }
-  if (!shared && m.bytes >= huge) ::madvise(m.address, m.bytes, MADV_HUGEPAGE);
-  d.memory.push_back(m);
-  return 0;
-}
 
 int cppOpen(int, const char *program, const char *options, s3_dev **out) {
   try {
@@ -177,13 +138,7 @@ int cppOpen(int, const char *program, const char *options, s3_dev **out) {
     if (const Json *v = json.root().find("threads")) threads = static_cast<std::uint32_t>(v->whole(1, 1024));
     if (const Json *v = json.root().find("spin")) spin = static_cast<std::uint32_t>(v->whole(0, 1 << 30));
     if (const Json *v = json.root().find("isa")) isa = v->text();
-    // a full path, so that the loader does not search for it
-    char path[PATH_MAX];
-    if (!program || !*program) fail(exit_usage, "the program of this side is not given; use --program-attention and --program-ffn");
-    if (!::realpath(program, path)) fail(exit_input, program, ": not there (", std::strerror(errno), "); build the bundle's programs first");
-    d->library = ::dlopen(path, RTLD_NOW | RTLD_LOCAL);
-    if (!d->library) fail(exit_input, program, ": cannot be loaded (", ::dlerror(), "); build the bundle's programs again");
-    const auto entry = reinterpret_cast<const s3_program *(*)(const char *)>(::dlsym(d->library, "s3_program_v1"));
+    const auto entry = symbol<const s3_program *(*)(const char *)>(program ? program : "", "s3_program_v1");
     if (!entry) fail(exit_input, program, ": has no s3_program_v1; is it a program of a bundle?");
     d->program = entry(isa.empty() ? nullptr : isa.c_str());
     if (!d->program)
@@ -200,9 +155,8 @@ int cppOpen(int, const char *program, const char *options, s3_dev **out) {
         if (found == d->kernels.end() || d->program->kernels[found->second].scratch != static_cast<std::uint64_t>(facts.whole()))
           fail(exit_input, program, ": kernel '", name, "' is missing or not the one of manifest.json; it was built from another bundle, build it again");
       }
-    Memory m;
-    if (allocate(*d, scratch, false, m) != 0) fail(exit_input, d->error);
-    d->team = std::make_unique<Team>(threads, threads > 1 ? spin : 0, m.address);
+    d->memory.push_back(HostMemory::map(scratch, false));
+    d->team = std::make_unique<Team>(threads, threads > 1 ? spin : 0, d->memory.back().address);
     *out = reinterpret_cast<s3_dev *>(d.release());
     return 0;
   } catch (const Failure &e) {
@@ -217,10 +171,14 @@ int cppOpen(int, const char *program, const char *options, s3_dev **out) {
 void cppClose(s3_dev *dev) { delete &of(dev); }
 
 int cppAlloc(s3_dev *dev, std::uint64_t bytes, std::uint64_t align, std::uint32_t shared, s3_span *out) {
-  if (align > page) return of(dev).refuse(exit_internal, say("memory aligned to ", align, " bytes"));
-  Memory m;
-  if (const int code = allocate(of(dev), bytes, shared != 0, m)) return code;
-  *out = {reinterpret_cast<std::uint64_t>(m.address), 0, bytes};
+  Device &d = of(dev);
+  if (align > HostMemory::page) return d.refuse(exit_internal, say("memory aligned to ", align, " bytes"));
+  try {
+    d.memory.push_back(HostMemory::map(bytes, shared != 0));
+  } catch (const Failure &e) {
+    return d.refuse(e.code, e.what());
+  }
+  *out = {reinterpret_cast<std::uint64_t>(d.memory.back().address), 0, bytes};
   return 0;
 }
 
@@ -273,18 +231,7 @@ int cppSubmit(s3_queue *queue, s3_segment *segment, s3_event *done) {
 int cppWait(s3_dev *, s3_event, std::uint32_t) { return 0; }
 
 int cppShare(s3_dev *dev, s3_span span, void *token, std::uint32_t *bytes) {
-  Device &d = of(dev);
-  if (*bytes < sizeof(s3_share)) return d.refuse(exit_internal, "share: the token is too small");
-  for (const Memory &m : d.memory) {
-    const auto base = reinterpret_cast<std::uint64_t>(m.address);
-    const std::uint64_t from = span.mem + span.off;
-    if (m.fd < 0 || from < base || from - base > m.bytes || span.bytes > m.bytes - (from - base)) continue;
-    const s3_share share = {m.fd, 0, from - base, span.bytes};
-    std::memcpy(token, &share, sizeof share);
-    *bytes = sizeof share;
-    return 0;
-  }
-  return d.refuse(exit_internal, "share: not shared memory of this device");
+  return describeShared(of(dev).memory, span, token, bytes, of(dev).error);
 }
 
 int cppKernel(s3_dev *dev, const char *name, std::uint32_t *index) {

@@ -14,17 +14,29 @@ export interface Native {
 
 const root = fileURLToPath(new URL("../..", import.meta.url));
 
-/** Warnings are errors here. Throws with the compiler's words when something does not build. */
-export const buildRuntime = (variant: Variant): Native => {
-  const directory = join(root, ".cache", "runtime", variant.replace(",", "-"));
+/** Throws with the compiler's words when something does not build. */
+const cmake = (name: string, source: string, configure: readonly string[], build: readonly string[] = []): string => {
+  const directory = join(root, ".cache", "runtime", name);
   mkdirSync(directory, { recursive: true });
-  const command = (...args: string[]): void => {
+  for (const args of [
+    ["-S", join(root, source), "-B", directory, ...configure],
+    ["--build", directory, "--parallel", "2", ...build],
+  ]) {
     const { status, stdout, stderr, error } = spawnSync("cmake", args, { encoding: "utf8" });
     if (error) throw error;
     if (status !== 0) throw new Error(`cmake ${args.join(" ")}:\n${stdout}\n${stderr}`);
-  };
-  command("-S", join(root, "test", "runtime"), "-B", directory, `-DSTEP3_SANITIZE=${variant === "plain" ? "" : variant}`);
-  command("--build", directory, "--parallel", "2");
+  }
+  return directory;
+};
+
+/** The program that checks kernels; in a folder of its own, so that test files can build side by side. */
+export const buildSelftest = (): string =>
+  join(cmake("selftest", "runtime", ["-DSTEP3_WERROR=ON"], ["--target", "step3-selftest"]), "step3-selftest");
+
+/** Warnings are errors here. */
+export const buildRuntime = (variant: Variant): Native => {
+  const sanitize = `-DSTEP3_SANITIZE=${variant === "plain" ? "" : variant}`;
+  const directory = cmake(variant.replace(",", "-"), join("test", "runtime"), [sanitize]);
   return {
     runner: join(directory, "runtime", "step3-run"),
     program: join(directory, "libprogram.so"),

@@ -1,12 +1,15 @@
-/** Ops on the rows of tokens that are neither contractions nor made of elements: gather, topk, sample, rotary, combine. */
+/**
+ * Kernels of the C family for the ops on rows of tokens that are neither contractions nor made of elements: gather, topk, sample, rotary,
+ * combine. What a template needs is worked out here; a target brings the templates, `kernels/KIND.hbs`.
+ */
 
-import type { Attrs } from "../../ir/attr.ts";
-import type { Op } from "../../ir/graph.ts";
-import { type TensorType, typeText } from "../../ir/type.ts";
-import type { KernelContext, KernelTemplate, Target } from "../backend.ts";
-import { loadElement, rowsOf, storeElement, tileColumns, variableType } from "../c_family.ts";
-import { loadTemplate } from "../template.ts";
-import { dialect, storage } from "../scalar.ts";
+import type { Attrs } from "../ir/attr.ts";
+import type { Op } from "../ir/graph.ts";
+import { type TensorType, typeText } from "../ir/type.ts";
+import type { KernelContext, KernelTemplate, Target } from "./backend.ts";
+import { loadElement, rowsOf, storeElement, tileColumns, variableType } from "./c_family.ts";
+import { dialect, storage } from "./scalar.ts";
+import { loadTemplate } from "./template.ts";
 
 const inputType = (op: Op, i: number): TensorType => op.inputs[i]?.type as TensorType;
 const outputType = (op: Op, i: number): TensorType => op.outputs[i]?.type as TensorType;
@@ -20,12 +23,11 @@ const rowsText = (type: TensorType, tiles: number, target: Target): string | und
   return `${found.perToken ? "of_tokens" : "fixed"}(c, ${found.count}, ${tiles})`;
 };
 
-/** A kernel for one kind of op: `plan` gives what its template places besides `rows` and `about`. */
-const kernel = (
-  kind: string,
-  plan: (op: Op) => { readonly rowsType: TensorType; readonly tiles: number; readonly context: KernelContext },
-): KernelTemplate => {
-  const template = loadTemplate(new URL(`./kernels/${kind}.hbs`, import.meta.url));
+/** What a template of one kind of op places besides `rows` and `about`. */
+type Plan = (op: Op) => { readonly rowsType: TensorType; readonly tiles: number; readonly context: KernelContext };
+
+const kernel = (kind: string, plan: Plan, templates: URL): KernelTemplate => {
+  const template = loadTemplate(new URL(`./kernels/${kind}.hbs`, templates));
   return {
     name: kind,
     match(op, target) {
@@ -41,28 +43,28 @@ const kernel = (
   };
 };
 
-const gather = kernel("gather", (op) => {
+const gather: Plan = (op) => {
   const table = inputType(op, 0);
   return {
     rowsType: outputType(op, 0),
     tiles: 1,
     context: { type: storage[table.dtype], columns: columnsOf(table), count: table.shape[0] as number },
   };
-});
+};
 
-const topk = kernel("topk", (op) => ({
+const topk: Plan = (op) => ({
   rowsType: inputType(op, 0),
   tiles: 1,
   context: { columns: columnsOf(inputType(op, 0)), k: op.attrs.k as number },
-}));
+});
 
-const sample = kernel("sample", (op) => ({
+const sample: Plan = (op) => ({
   rowsType: inputType(op, 0),
   tiles: 1,
   context: { columns: columnsOf(inputType(op, 0)) },
-}));
+});
 
-const rotary = kernel("rotary", (op) => {
+const rotary: Plan = (op) => {
   const { dtype } = inputType(op, 0);
   const dim = op.attrs.dim as number;
   const heads = op.attrs.heads as number;
@@ -82,9 +84,9 @@ const rotary = kernel("rotary", (op) => {
       storeB: storeElement(dialect, dtype, "out_b", "i", "(bi * cosines[i] + ai * sines[i])"),
     },
   };
-});
+};
 
-const combine = kernel("combine", (op) => {
+const combine: Plan = (op) => {
   const columns = columnsOf(outputType(op, 0));
   const from = integer(op.attrs, "first", 0);
   const bounded = op.attrs.count !== undefined;
@@ -100,6 +102,8 @@ const combine = kernel("combine", (op) => {
       end: from + integer(op.attrs, "count", 0),
     },
   };
-});
+};
 
-export const tokenKernels: readonly KernelTemplate[] = [gather, topk, sample, rotary, combine];
+/** `templates`: a file beside the target's `kernels/`. */
+export const tokenKernels = (templates: URL): readonly KernelTemplate[] =>
+  Object.entries({ gather, topk, sample, rotary, combine }).map(([kind, plan]) => kernel(kind, plan, templates));

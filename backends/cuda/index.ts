@@ -1,0 +1,22 @@
+/** NVIDIA GPUs: Hopper by its own instructions (sm_90a), Ampere and whatever came later by those that all of them have (sm_80). */
+
+import { type DType, dtypes } from "../../ir/type.ts";
+import type { Backend } from "../backend.ts";
+import { tokenKernels } from "../tokens.ts";
+import { arches, assemble } from "./assemble.ts";
+import { attentionKernels, kv } from "./attention.ts";
+import { linearKernels } from "./linear.ts";
+import { rowKernel } from "./rows.ts";
+
+const backend: Backend = {
+  name: "cuda",
+  api: 1,
+  device: "cuda",
+  arches,
+  dtypes: dtypes as readonly DType[],
+  kernels: [...linearKernels, ...attentionKernels, ...tokenKernels(new URL(import.meta.url)), rowKernel],
+  kv,
+  assemble,
+};
+
+export default backend;

@@ -1,0 +1,191 @@
+// Rows of activations as contract_hopper.cuh wants them: gathered by the matrix that they meet, in lines of 128 bytes.
+//
+// Rows of one matrix follow each other from a multiple of 8 on. Line (b, r) holds bytes 128b .. 128b + 127 of row r, zeros past its end, with its
+// eight pieces of 16 bytes exchanged by r % 8 (the 128-byte swizzle); lines of a block b are consecutive. Scales lie likewise: [b][r].
+#pragma once
+#include "contract.cuh"
+
+namespace s3 {
+
+/// Rows that meet one matrix: where they start among the packed ones, and how many they are.
+struct Group {
+  int32_t base, count;
+};
+constexpr int most_matrices = 384;
+
+/// Packed rows, in the scratch of a launch that does at most `window` rows at a time.
+struct Packed {
+  uint8_t *lines;   // [blocks][places] lines
+  float *scales;    // [scale blocks][places]
+  int32_t *targets; // for each packed row, and then for rows that meet no matrix, the row of the result
+  Group *groups;    // for each matrix, and then of rows that meet none
+  int64_t places, blocks, scale_blocks;
+
+  /// linear.ts has the same sizes
+  static int64_t places_for(int64_t window, int64_t matrices) { return (window + 8 * matrices + 256 + 31) / 32 * 32; }
+  Packed(uint8_t *scratch, int64_t window, int64_t matrices, int64_t line_blocks, int64_t scale_blocks_)
+      : places(places_for(window, matrices)), blocks(line_blocks), scale_blocks(scale_blocks_) {
+    lines = scratch;
+    scales = reinterpret_cast<float *>(lines + 128 * places * blocks);
+    targets = reinterpret_cast<int32_t *>(scales + places * scale_blocks);
+    groups = reinterpret_cast<Group *>(targets + places + (window + 31) / 32 * 32);
+  }
+};
+
+/// What is packed: rows `first` .. of at most `window`.
+struct Packing {
+  const uint8_t *x;
+  const float *xs;
+  int64_t row_bytes, scales; // of a row of x
+  int64_t first, window;
+};
+
+/// Piece i of a row of `size` bytes. Aligned: rows start at multiples of 16 bytes.
+template <bool Aligned>
+__device__ __forceinline__ uint4 piece_of(const uint8_t *row, int64_t size, int64_t i) {
+  if constexpr (Aligned) return 16 * i < size ? *reinterpret_cast<const uint4 *>(row + 16 * i) : make_uint4(0, 0, 0, 0);
+  uint32_t words[4] = {};
+  for (int b = 0; b < 16; ++b)
+    if (16 * i + b < size) words[b / 4] |= uint32_t{row[16 * i + b]} << (b % 4 * 8);
+  return make_uint4(words[0], words[1], words[2], words[3]);
+}
+__device__ __forceinline__ void put_piece(const Packed &to, int64_t row, int64_t i, const uint4 &piece) {
+  *reinterpret_cast<uint4 *>(to.lines + ((i >> 3) * to.places + row) * 128 + ((i ^ row) & 7) * 16) = piece;
+}
+
+/// The place of the l-th row that is there, or -1; `seen` becomes the number of rows there when there are no more than l. All lanes of a warp.
+__device__ __forceinline__ int64_t place_of(const Rows &rows, int64_t l, int64_t &seen) {
+  const uint32_t lane = threadIdx.x % 32;
+  seen = 0;
+  for (uint32_t segment = 0; segment < rows.segments; segment += 32) {
+    const int32_t own = segment + lane < rows.segments ? static_cast<int32_t>(rows.size(segment + lane)) : 0;
+    int32_t sum = own;
+    for (int by = 1; by < 32; by *= 2) {
+      const int32_t before = __shfl_up_sync(0xFFFFFFFFu, sum, by);
+      if (lane >= by) sum += before;
+    }
+    const uint32_t holders = __ballot_sync(0xFFFFFFFFu, seen + sum > l);
+    if (holders != 0) {
+      const int at = __ffs(holders) - 1;
+      return (segment + at) * rows.distance() + l - seen - __shfl_sync(0xFFFFFFFFu, sum - own, at);
+    }
+    seen += __shfl_sync(0xFFFFFFFFu, sum, 31);
+  }
+  return -1;
+}
+
+/// Rows that all meet one matrix, in order. Blocks (x, y): rows x, x + gridDim.x ..., and a share of their pieces.
+template <bool Aligned>
+__global__ void __launch_bounds__(256) pack_all(Packing from, Rows rows, Packed to) {
+  let_successor_start();
+  after_predecessor();
+  int64_t seen;
+  if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x < 32) {
+    if (place_of(rows, from.first + from.window, seen) >= 0) seen = from.first + from.window;
+    const int64_t count = seen - from.first;
+    if (threadIdx.x == 0) {
+      to.groups[0] = {0, static_cast<int32_t>(count < 0 ? 0 : count)};
+      to.groups[1] = {0, 0};
+    }
+  }
+  const int64_t thread = blockIdx.y * 256 + threadIdx.x, threads = gridDim.y * 256;
+  for (int64_t row = blockIdx.x; row < from.window; row += gridDim.x) {
+    const int64_t place = place_of(rows, from.first + row, seen);
+    if (place < 0) return;
+    for (int64_t i = thread; i < 8 * to.blocks; i += threads) put_piece(to, row, i, piece_of<Aligned>(from.x + place * from.row_bytes, from.row_bytes, i));
+    for (int64_t i = thread; i < from.scales; i += threads) to.scales[i * to.places + row] = from.xs[place * from.scales + i];
+    if (thread == 0) to.targets[row] = static_cast<int32_t>(place);
+  }
+}
+
+constexpr int pack_threads = 512, pack_listed = 256;
+
+/// Rows that each meet the matrix of their expert, or none. Every block counts all rows of the window, so that it knows where those of its share
+/// go: in ascending order within each matrix.
+template <bool Aligned>
+__global__ void __launch_bounds__(pack_threads) pack_chosen(Packing from, Rows rows, Choice choice, Packed to) {
+  __shared__ int32_t total[most_matrices + 1], next[most_matrices + 1];
+  __shared__ int32_t packed[pack_listed], source[pack_listed];
+  let_successor_start();
+  after_predecessor();
+  const int32_t none = choice.experts;
+  const uint32_t lane = threadIdx.x % 32;
+  const int64_t end = from.first + from.window < rows.capacity() ? from.first + from.window : rows.capacity();
+  const int64_t share = ceil_div(end - from.first, static_cast<int64_t>(gridDim.x)), begin = from.first + blockIdx.x * share;
+  const int64_t share_end = begin + share < end ? begin + share : end;
+  for (int i = threadIdx.x; i <= none; i += pack_threads) total[i] = next[i] = 0;
+  __syncthreads();
+  const auto matrix_of = [&](int64_t at) {
+    if (at >= end || !rows.has(at)) return -1;
+    const int32_t matrix = choice.matrix(at);
+    return matrix < 0 ? none : matrix;
+  };
+  for (int64_t base = from.first; base < end; base += pack_threads) {
+    const int64_t at = base + threadIdx.x;
+    const int32_t matrix = matrix_of(at);
+    const uint32_t alike = __match_any_sync(0xFFFFFFFFu, matrix * 2 + (at < begin ? 1 : 0));
+    if (matrix < 0 || __ffs(alike) - 1 != lane) continue;
+    atomicAdd(&total[matrix], __popc(alike));
+    if (at < begin) atomicAdd(&next[matrix], __popc(alike));
+  }
+  __syncthreads();
+  if (threadIdx.x < 32) {
+    int32_t base = 0;
+    for (int32_t first = 0; first <= none; first += 32) {
+      const int32_t matrix = first + static_cast<int32_t>(lane), count = matrix <= none ? total[matrix] : 0, room = (count + 7) / 8 * 8;
+      int32_t sum = room;
+      for (int by = 1; by < 32; by *= 2) {
+        const int32_t before = __shfl_up_sync(0xFFFFFFFFu, sum, by);
+        if (lane >= by) sum += before;
+      }
+      const int32_t start = base + sum - room;
+      if (matrix <= none) {
+        next[matrix] += start;
+        if (blockIdx.x == 0) to.groups[matrix] = {start, count};
+      }
+      base += __shfl_sync(0xFFFFFFFFu, sum, 31);
+    }
+  }
+  for (int64_t list = begin; list < share_end; list += pack_listed) {
+    __syncthreads();
+    if (threadIdx.x < 32)
+      for (int i = static_cast<int>(lane); i < pack_listed; i += 32) {
+        const int64_t at = list + i;
+        const int32_t matrix = at < share_end ? matrix_of(at) : -1;
+        const uint32_t alike = __match_any_sync(0xFFFFFFFFu, matrix);
+        const int32_t row = matrix < 0 ? 0 : next[matrix] + __popc(alike & ((1u << lane) - 1));
+        __syncwarp();
+        if (matrix >= 0) {
+          if (__ffs(alike) - 1 == lane) next[matrix] = row + __popc(alike);
+          to.targets[row] = static_cast<int32_t>(at);
+        }
+        packed[i] = matrix < 0 || matrix == none ? -1 : row;
+        source[i] = matrix < 0 ? 0 : static_cast<int32_t>(choice.source(at));
+        __syncwarp();
+      }
+    __syncthreads();
+    const int listed = static_cast<int>(share_end - list < pack_listed ? share_end - list : pack_listed);
+    for (int n = 0; n < listed; ++n) {
+      if (packed[n] < 0) continue;
+      const uint8_t *const row = from.x + source[n] * from.row_bytes;
+      for (int64_t i = threadIdx.x; i < 8 * to.blocks; i += pack_threads) put_piece(to, packed[n], i, piece_of<Aligned>(row, from.row_bytes, i));
+      for (int64_t i = threadIdx.x; i < from.scales; i += pack_threads) to.scales[i * to.places + packed[n]] = from.xs[source[n] * from.scales + i];
+    }
+  }
+}
+
+/// `choice` of all rows: no_choice.
+inline cudaError_t pack_rows(const Call &c, const Packing &from, const Rows &rows, const Choice &choice, const Packed &to) {
+  const bool aligned = from.row_bytes % 16 == 0;
+  const int64_t window = from.window < rows.capacity() ? from.window : rows.capacity();
+  if (choice.ids == nullptr) {
+    const uint32_t across = static_cast<uint32_t>(window < 512 ? window : 512);
+    const int64_t pieces = ceil_div(8 * to.blocks, int64_t{256}), wanted = ceil_div(int64_t{2 * c.processors}, int64_t{across});
+    const dim3 blocks(across, static_cast<uint32_t>(pieces < wanted ? pieces : wanted));
+    return launch(aligned ? pack_all<true> : pack_all<false>, blocks, dim3(256), 0, c, from, rows, to);
+  }
+  const dim3 blocks(static_cast<uint32_t>(window < 2 * c.processors ? window : 2 * c.processors));
+  return launch(aligned ? pack_chosen<true> : pack_chosen<false>, blocks, dim3(pack_threads), 0, c, from, rows, choice, to);
+}
+
+}  // namespace s3

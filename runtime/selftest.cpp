@@ -1,0 +1,323 @@
+// step3-selftest: runs kernels of a compiled program on inputs that the compiler drew, and compares with what its interpreter made of them.
+//
+//   step3-selftest CASES LIBRARY [--isa NAME] [--threads N] [--verbose]
+//
+// CASES, little endian: "S3KT0001", u32 cases, then each case:
+//   text name; u32 buffers, each: u8 kind (0 read, 1 written, 2 both), u64 bytes, the bytes unless it is only written
+//   u32 launches, each: text kernel, u32 rows, u32 arguments, each u32 buffer
+//   u32 checks, each: u32 buffer, text dtype, u64 count, f64 expected[count], f64 allowed[count]
+// A text is u32 bytes and the bytes. What is only written starts as 0xA5; every buffer lies between guard bytes that must survive; what is only
+// read must not change. A value is right when it differs from what is expected by at most what is allowed.
+#include <algorithm>
+#include <charconv>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <fstream>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "devices/device.h"
+#include "error.h"
+#include "library.h"
+
+namespace s3 {
+namespace {
+
+constexpr std::uint64_t guard = 256;
+constexpr std::uint8_t guard_byte = 0x5C, unwritten_byte = 0xA5;
+
+/// A file of cases, read front to back.
+class Reader {
+ public:
+  explicit Reader(const std::string &path) : path_(path), file_(path, std::ios::binary) {
+    if (!file_) fail(exit_input, path, ": cannot be read");
+    file_.seekg(0, std::ios::end);
+    left_ = static_cast<std::uint64_t>(file_.tellg());
+    file_.seekg(0);
+  }
+  void bytes(void *to, std::uint64_t n) {
+    need(n);
+    if (n > 0 && !file_.read(static_cast<char *>(to), static_cast<std::streamsize>(n))) fail(exit_input, path_, ": cannot be read to its end");
+    left_ -= n;
+  }
+  /// refuses sizes that the file cannot hold before memory is taken for them
+  void need(std::uint64_t n) const {
+    if (n > left_) fail(exit_input, path_, ": is cut short or no file of cases");
+  }
+  template <class T>
+  T number() {
+    T x;
+    bytes(&x, sizeof x);
+    return x;
+  }
+  std::string text() {
+    const auto n = number<std::uint32_t>();
+    need(n);
+    std::string s(n, '\0');
+    bytes(s.data(), n);
+    return s;
+  }
+  template <class T>
+  std::vector<T> list(std::uint64_t n) {
+    if (n > left_ / sizeof(T)) need(left_ + 1);
+    std::vector<T> all(n);
+    bytes(all.data(), n * sizeof(T));
+    return all;
+  }
+  [[noreturn]] void broken(const std::string &what) const { fail(exit_input, path_, ": ", what); }
+
+ private:
+  const std::string path_;
+  std::ifstream file_;
+  std::uint64_t left_ = 0;
+};
+
+enum class Kind : std::uint8_t { read = 0, written = 1, both = 2 };
+struct Buffer {
+  Kind kind{};
+  std::uint64_t bytes = 0;
+  std::vector<std::uint8_t> given;
+};
+struct Launch {
+  std::string kernel;
+  std::uint32_t rows = 0;
+  std::vector<std::uint32_t> args;
+};
+struct Check {
+  std::uint32_t buffer = 0;
+  std::string dtype;
+  std::vector<double> expected, allowed;
+};
+struct Case {
+  std::string name;
+  std::vector<Buffer> buffers;
+  std::vector<Launch> launches;
+  std::vector<Check> checks;
+};
+
+Case readCase(Reader &in) {
+  Case c;
+  c.name = in.text();
+  for (auto n = in.number<std::uint32_t>(); n > 0; n--) {
+    Buffer b;
+    b.kind = static_cast<Kind>(in.number<std::uint8_t>());
+    b.bytes = in.number<std::uint64_t>();
+    if (b.kind > Kind::both || b.bytes > (std::uint64_t{1} << 36)) in.broken("case '" + c.name + "' has an impossible buffer");
+    if (b.kind != Kind::written) b.given = in.list<std::uint8_t>(b.bytes);
+    c.buffers.push_back(std::move(b));
+  }
+  const auto index = [&] {
+    const auto i = in.number<std::uint32_t>();
+    if (i >= c.buffers.size()) in.broken("case '" + c.name + "' names a buffer that is not there");
+    return i;
+  };
+  for (auto n = in.number<std::uint32_t>(); n > 0; n--) {
+    Launch l;
+    l.kernel = in.text();
+    l.rows = in.number<std::uint32_t>();
+    for (auto a = in.number<std::uint32_t>(); a > 0; a--) l.args.push_back(index());
+    c.launches.push_back(std::move(l));
+  }
+  for (auto n = in.number<std::uint32_t>(); n > 0; n--) {
+    Check k;
+    k.buffer = index();
+    k.dtype = in.text();
+    const auto count = in.number<std::uint64_t>();
+    k.expected = in.list<double>(count);
+    k.allowed = in.list<double>(count);
+    c.checks.push_back(std::move(k));
+  }
+  return c;
+}
+
+template <class T>
+double element(const std::uint8_t *bytes, std::uint64_t i) {
+  T x;
+  std::memcpy(&x, bytes + i * sizeof x, sizeof x);
+  return static_cast<double>(x);
+}
+/// A float of few bits: exponent bits, fraction bits, bias; `finite`: only the highest code is NaN.
+double small(std::uint32_t code, int exponents, int fractions, bool finite) {
+  const std::uint32_t exponent = code >> fractions & ((1u << exponents) - 1), fraction = code & ((1u << fractions) - 1);
+  const double sign = code >> (exponents + fractions) & 1 ? -1.0 : 1.0;
+  const int bias = (1 << (exponents - 1)) - 1;
+  const bool top = exponent == (1u << exponents) - 1;
+  if (finite ? top && fraction == (1u << fractions) - 1 : top && fraction != 0) return std::nan("");
+  if (!finite && top) return sign * INFINITY;
+  if (exponent == 0) return sign * std::ldexp(fraction, 1 - bias - fractions);
+  return sign * std::ldexp(fraction + (1u << fractions), static_cast<int>(exponent) - bias - fractions);
+}
+struct Format {
+  std::uint64_t bytes;
+  double (*read)(const std::uint8_t *, std::uint64_t);
+};
+const std::map<std::string, Format> &formats() {
+  static const std::map<std::string, Format> all = {
+      {"f64", {8, element<double>}},
+      {"f32", {4, element<float>}},
+      {"f16", {2, [](const std::uint8_t *b, std::uint64_t i) { return small(static_cast<std::uint32_t>(element<std::uint16_t>(b, i)), 5, 10, false); }}},
+      {"bf16", {2, [](const std::uint8_t *b, std::uint64_t i) { return small(static_cast<std::uint32_t>(element<std::uint16_t>(b, i)), 8, 7, false); }}},
+      {"e4m3", {1, [](const std::uint8_t *b, std::uint64_t i) { return small(b[i], 4, 3, true); }}},
+      {"e5m2", {1, [](const std::uint8_t *b, std::uint64_t i) { return small(b[i], 5, 2, false); }}},
+      {"i64", {8, element<std::int64_t>}},
+      {"i32", {4, element<std::int32_t>}},
+      {"i16", {2, element<std::int16_t>}},
+      {"i8", {1, element<std::int8_t>}},
+      {"u64", {8, element<std::uint64_t>}},
+      {"u32", {4, element<std::uint32_t>}},
+      {"u16", {2, element<std::uint16_t>}},
+      {"u8", {1, element<std::uint8_t>}},
+      {"bool", {1, element<std::uint8_t>}},
+  };
+  return all;
+}
+
+/// One device and its queue.
+class Machine {
+ public:
+  Machine(const s3_device *device, const std::string &library, const std::string &options) : device_(device) {
+    if (const int code = device->open(0, library.c_str(), options.c_str(), &dev_)) fail(code, device->error(nullptr));
+    check(device->queue(dev_, &queue_));
+  }
+  ~Machine() { device_->close(dev_); }
+  Machine(const Machine &) = delete;
+  Machine &operator=(const Machine &) = delete;
+
+  /// Runs a case; gives what is wrong, or nothing, and the worst error in units of what is allowed.
+  std::string run(const Case &c, double &worst) {
+    std::vector<s3_span> spans;
+    for (const Buffer &b : c.buffers) {
+      std::vector<std::uint8_t> all(b.bytes + 2 * guard, guard_byte);
+      if (b.kind == Kind::written) std::fill_n(all.begin() + guard, b.bytes, unwritten_byte);
+      else std::copy(b.given.begin(), b.given.end(), all.begin() + guard);
+      const s3_span whole = span(all.size());
+      check(device_->write(dev_, whole, all.data()));
+      spans.push_back({whole.mem, whole.off + guard, b.bytes});
+    }
+    for (const Launch &l : c.launches) {
+      s3_head head{};
+      head.magic = S3_MAGIC;
+      head.abi = S3_ABI;
+      head.rows = l.rows;
+      const s3_span heads = span(sizeof head);
+      check(device_->write(dev_, heads, &head));
+      std::vector<s3_span> args;
+      for (const std::uint32_t a : l.args) args.push_back(spans[a]);
+      s3_launch launch{0, static_cast<std::uint32_t>(args.size()), args.data(), heads, 1, std::max(1u, l.rows)};
+      check(device_->kernel(dev_, l.kernel.c_str(), &launch.kernel));
+      s3_segment *segment = nullptr;
+      s3_event done = 0;
+      check(device_->prepare(dev_, &launch, 1, &segment));
+      check(device_->submit(queue_, segment, &done));
+      check(device_->wait(dev_, done, 60000));
+    }
+    std::string wrong;
+    std::vector<std::vector<std::uint8_t>> after;
+    for (std::size_t i = 0; i < c.buffers.size(); i++) {
+      const Buffer &b = c.buffers[i];
+      std::vector<std::uint8_t> all(b.bytes + 2 * guard);
+      check(device_->read(dev_, all.data(), {spans[i].mem, spans[i].off - guard, all.size()}));
+      const bool intact = std::all_of(all.begin(), all.begin() + guard, [](auto x) { return x == guard_byte; }) &&
+                          std::all_of(all.end() - guard, all.end(), [](auto x) { return x == guard_byte; });
+      after.emplace_back(all.begin() + guard, all.end() - guard);
+      if (!intact) wrong = say("it wrote outside buffer ", i);
+      else if (b.kind == Kind::read && after.back() != b.given) wrong = say("it changed buffer ", i, ", which is only read");
+    }
+    for (const Check &k : c.checks) {
+      const auto format = formats().find(k.dtype);
+      if (format == formats().end()) fail(exit_input, "case '", c.name, "' has values of the unknown dtype '", k.dtype, "'");
+      if (k.expected.size() * format->second.bytes != after[k.buffer].size())
+        fail(exit_input, "case '", c.name, "' expects ", k.expected.size(), " values in ", after[k.buffer].size(), " bytes");
+      for (std::size_t i = 0; i < k.expected.size(); i++) {
+        const double got = format->second.read(after[k.buffer].data(), i), want = k.expected[i];
+        if (got == want || (std::isnan(got) && std::isnan(want))) continue;
+        const double error = std::abs(got - want) / k.allowed[i];
+        if (error <= worst) continue;
+        worst = std::isnan(error) ? INFINITY : error;
+        if (!(error <= 1) && wrong.empty()) wrong = say("value ", i, " of buffer ", k.buffer, " is ", got, " instead of ", want, ", ", worst, " times what is allowed");
+      }
+    }
+    return wrong;
+  }
+
+ private:
+  const s3_device *device_;
+  s3_dev *dev_ = nullptr;
+  s3_queue *queue_ = nullptr;
+
+  void check(int code) {
+    if (code != 0) fail(code, device_->error(dev_));
+  }
+  s3_span span(std::uint64_t bytes) {
+    s3_span s{};
+    check(device_->alloc(dev_, bytes, 64, 0, &s));
+    s.bytes = bytes;
+    return s;
+  }
+};
+
+int run(int argc, char **argv) {
+  std::vector<std::string> places;
+  std::string isa;
+  std::uint32_t threads = 1;
+  bool verbose = false;
+  for (int i = 1; i < argc; i++) {
+    const std::string flag = argv[i];
+    const auto value = [&]() -> std::string {
+      if (i + 1 >= argc) fail(exit_usage, flag, " needs a value");
+      return argv[++i];
+    };
+    if (flag == "--isa") isa = value();
+    else if (flag == "--threads") {
+      const std::string text = value();
+      if (std::from_chars(text.data(), text.data() + text.size(), threads).ptr != text.data() + text.size() || threads < 1 || threads > 1024)
+        fail(exit_usage, "--threads takes a number from 1 to 1024, not '", text, "'");
+    } else if (flag == "--verbose") verbose = true;
+    else if (flag.starts_with("--")) fail(exit_usage, "no flag ", flag);
+    else places.push_back(flag);
+  }
+  if (places.size() != 2) fail(exit_usage, "usage: step3-selftest CASES LIBRARY [--isa NAME] [--threads N] [--verbose]");
+  Reader in(places[0]);
+  char magic[8];
+  in.bytes(magic, sizeof magic);
+  if (std::memcmp(magic, "S3KT0001", sizeof magic) != 0) in.broken("no file of cases");
+  // a program that brings its own driver is run by that
+  const auto own = symbol<const s3_device *(*)()>(places[1], "s3_device_v1");
+  std::string options = say("{\"threads\":", threads, ",\"spin\":100");
+  if (!isa.empty()) options += say(",\"isa\":\"", isa, "\"");
+  std::uint32_t count = in.number<std::uint32_t>(), failed = 0;
+  for (std::uint32_t n = 0; n < count; n++) {
+    const Case c = readCase(in);
+    double worst = 0;
+    // a device of its own for every case: memory goes with it, and one that breaks does not take the others with it
+    std::string wrong;
+    try {
+      wrong = Machine(own ? own() : cppDevice(), places[1], options + "}").run(c, worst);
+    } catch (const Failure &e) {
+      if (e.code == exit_input) throw;
+      wrong = e.what();
+    }
+    if (!wrong.empty()) failed++;
+    if (verbose || !wrong.empty()) std::printf("%s %s: %s (%.3g of what is allowed)\n", wrong.empty() ? "right" : "WRONG", c.name.c_str(), wrong.c_str(), worst);
+  }
+  std::printf("%u passed, %u failed\n", count - failed, failed);
+  return failed == 0 ? exit_done : exit_peer;
+}
+
+}  // namespace
+}  // namespace s3
+
+int main(int argc, char **argv) {
+  try {
+    return s3::run(argc, argv);
+  } catch (const s3::Failure &e) {
+    std::fprintf(stderr, "step3-selftest: %s\n", e.what());
+    return e.code;
+  } catch (const std::exception &e) {
+    std::fprintf(stderr, "step3-selftest: internal error: %s\n", e.what());
+    return s3::exit_internal;
+  }
+}
