@@ -18,7 +18,8 @@ WeightsPool::Entry &WeightsPool::entry(const std::string &identity) {
 
 Engine::Engine(const Bundle &bundle, RankId rank, const EngineOptions &options, const s3_device *device, const s3_transport *transport,
                WeightsPool *pool)
-    : bundle_(bundle), rank_(rank), options_(options), device_(device), transport_(transport), pool_(pool) {
+    : bundle_(bundle), rank_(rank), options_(options), device_(device), transport_(transport), pool_(pool),
+      queued_(transport->caps & S3_TRANSPORT_QUEUES) {
   trace.pid = bundle.number(rank);
   trace.rank = say("rank ", rank.name(), " (", roleName(rank.role), ")");
   for (const Schedule &s : bundle.schedules) {
@@ -52,6 +53,7 @@ void Engine::net(int code) {
 void Engine::open() {
   const std::string &library = rank_.role == Role::attention ? options_.program_attention : options_.program_ffn;
   std::string options = say("{\"threads\":", options_.threads, ",\"spin\":", options_.spin);
+  if (queued_) options += ",\"exchange\":\"device\"";
   if (!options_.isa.empty()) options += ",\"isa\":" + jsonText(options_.isa);
   // what the manifest says of the kernels, so that programs of another bundle are noticed
   std::string kernels;
@@ -232,15 +234,19 @@ void Engine::prepare(std::size_t index) {
   }
 
   if (attention && options_.count) {
+    std::uint64_t kept = 0;
     plan.counted.resize(schedule.exchanges.size(), std::vector<std::vector<Plan::Counted>>(schedule.slots));
     for (std::uint32_t e = 0; e < schedule.exchanges.size(); e++)
       for (const Field &f : schedule.types[schedule.exchanges[e]].push) {
         if (!f.below) continue;
         stats.counts.push_back({static_cast<std::uint32_t>(index), e, f.name, std::vector<std::uint64_t>(*f.below)});
         for (const Key &k : schedule.keys)
-          if (k.push && k.a == rank_.index && k.f == 0 && k.field == f.name)
-            plan.counted[e][k.slot].push_back({k.source, stats.counts.size() - 1, f.row / f.width});
+          if (k.push && k.a == rank_.index && k.f == 0 && k.field == f.name) {
+            plan.counted[e][k.slot].push_back({k.source, stats.counts.size() - 1, f.row / f.width, kept});
+            kept += f.row / f.width * schedule.rows;
+          }
       }
+    if (queued_) plan.kept = alloc(kept * sizeof(std::int32_t), false, "memory for statistics");
   }
 
   if (options_.strict) {
@@ -297,18 +303,27 @@ void Engine::header(const Plan &plan, std::uint32_t buffer, const s3_head &head)
   dev(device_->write(dev_, s, &head), "writing a header");
 }
 
-/// Counts values of the fields that an exchange pushes, over the rows that are there.
+/// Counts values of the fields that an exchange pushes, over the rows that are there; with a transport of queues, when the round ends.
 void Engine::count(const Plan &plan, std::uint32_t exchange, std::uint32_t slot, std::uint32_t rows) {
   for (const Plan::Counted &c : plan.counted[exchange][slot]) {
-    ids_.resize(c.per_row * rows);
     s3_span s = span(plan, plan.program->buffers[c.buffer]);
-    s.bytes = ids_.size() * sizeof(std::int32_t);
+    s.bytes = c.per_row * rows * sizeof(std::int32_t);
     if (s.bytes == 0) continue;
+    if (queued_) {
+      const s3_span kept = {plan.kept.mem, plan.kept.off + c.kept * sizeof(std::int32_t), s.bytes};
+      dev(device_->copy(queue_, kept, s, s.bytes), "keeping a field");
+      continue;
+    }
+    ids_.resize(c.per_row * rows);
     dev(device_->read(dev_, ids_.data(), s), "reading a field");
-    auto &counts = stats.counts[c.count].rows;
-    for (const std::int32_t id : ids_)
-      if (id >= 0 && static_cast<std::size_t>(id) < counts.size()) counts[static_cast<std::size_t>(id)]++;
+    tally(c, ids_.data(), ids_.size());
   }
+}
+
+void Engine::tally(const Plan::Counted &c, const std::int32_t *values, std::uint64_t n) {
+  auto &counts = stats.counts[c.count].rows;
+  for (const std::int32_t *v = values; v < values + n; v++)
+    if (*v >= 0 && static_cast<std::size_t>(*v) < counts.size()) counts[static_cast<std::size_t>(*v)]++;
 }
 
 void Engine::run(const s3_round &round, const std::vector<std::uint32_t> &rows) {
@@ -329,6 +344,7 @@ void Engine::run(const s3_round &round, const std::vector<std::uint32_t> &rows) 
     for (const std::uint32_t b : plan.heads[m]) header(plan, b, head);
   }
 
+  s3_queue *const queue = queued_ ? queue_ : nullptr;
   s3_event last = 0;
   for (const Action &a : plan.actions) {
     const Step &s = p.steps[a.step];
@@ -350,18 +366,18 @@ void Engine::run(const s3_round &round, const std::vector<std::uint32_t> &rows) 
         head.exchange = s.exchange;
         head.sequence = x.sequence;
         head.rows = s.slot < rows.size() ? rows[s.slot] : 0;
-        header(plan, static_cast<std::uint32_t>(plan.push_head[s.slot]), head);
+        if (!queued_) header(plan, static_cast<std::uint32_t>(plan.push_head[s.slot]), head);
         if (strict) strict->beforePost(a.step);
-        net(transport_->post(net_, &x, after));
+        net(transport_->post(net_, &x, &head, after));
         if (options_.count) count(plan, s.exchange, s.slot, head.rows);
         break;
       case Step::Op::wait:
-        net(transport_->await(net_, &x, nullptr, options_.step_ms));
+        net(transport_->await(net_, &x, queue, options_.step_ms));
         if (strict) strict->afterWait(a.step);
         break;
       case Step::Op::accept:
         if (strict) strict->beforeAccept(a.step);
-        net(transport_->accept(net_, &x, s.peer, nullptr, options_.step_ms));
+        net(transport_->accept(net_, &x, s.peer, queue, options_.step_ms));
         if (strict) strict->afterAccept(a.step);
         break;
       case Step::Op::reply:
@@ -377,7 +393,17 @@ void Engine::run(const s3_round &round, const std::vector<std::uint32_t> &rows) 
       trace.events.push_back({a.name, s.slot, round.round, a.op == Step::Op::launch ? -1 : static_cast<std::int32_t>(s.exchange),
                               static_cast<std::int32_t>(a.step), from, to});
   }
-  if (last) dev(device_->wait(dev_, last, 0), "running");
+  const std::int64_t from = now();
+  if (queued_) net(transport_->settle(net_, queue_, options_.step_ms));
+  else if (last) dev(device_->wait(dev_, last, 0), "running");
+  stats.compute_ns += now() - from;
+  if (plan.kept.bytes > 0) {
+    ids_.resize(plan.kept.bytes / sizeof(std::int32_t));
+    dev(device_->read(dev_, ids_.data(), plan.kept), "reading fields");
+    for (const auto &slots : plan.counted)
+      for (std::uint32_t m = 0; m < slots.size(); m++)
+        for (const Plan::Counted &c : slots[m]) tally(c, ids_.data() + c.kept, m < rows.size() ? c.per_row * rows[m] : 0);
+  }
   if (strict) strict->end();
   stats.rounds++;
 }

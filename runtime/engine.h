@@ -100,8 +100,10 @@ class Engine {
       std::uint32_t buffer = 0;
       std::size_t count = 0;  // index into stats.counts
       std::uint64_t per_row = 0;
+      std::uint64_t kept = 0;  // index into `kept`
     };
     std::vector<std::vector<std::vector<Counted>>> counted;  // by exchange and slot
+    s3_span kept{};  // a transport of queues: counted fields of the round, which the host reads when it ends
     std::vector<s3_event> events;
   };
 
@@ -113,6 +115,7 @@ class Engine {
   WeightsPool *pool_;
   s3_dev *dev_ = nullptr;
   s3_queue *queue_ = nullptr;
+  const bool queued_;  // the transport works through the device's queues
   s3_net *net_ = nullptr;
   std::vector<Plan> plans_;
   std::vector<std::int32_t> ids_;
@@ -129,6 +132,7 @@ class Engine {
   std::uint32_t traceName(const std::string &name);
   void header(const Plan &plan, std::uint32_t buffer, const s3_head &head);
   void count(const Plan &plan, std::uint32_t exchange, std::uint32_t slot, std::uint32_t rows);
+  void tally(const Plan::Counted &counted, const std::int32_t *values, std::uint64_t n);
 };
 
 }  // namespace s3

@@ -44,7 +44,9 @@ events, one JSON object a line, on standard output:
   with --score: {"prompt":0,"nll":sum,"count":n}      (an end-of-text token is the last of "tokens")
 
 options
-  --transport local|shm    local: one process, a thread for every rank (default); shm: a process for every rank
+  --transport local|shm|cuda
+                           local: one process, a thread for every rank (default); shm: a process for every rank; cuda: for ranks that are all
+                           on NVIDIA GPUs, messages go from GPU to GPU: one process, or, with --role, a process for every rank
   --role attention|ffn --rank N
                            be this one rank; the others are started apart, with the same --session
   --session NAME           what ranks in different processes find each other by
@@ -164,7 +166,7 @@ Options readArguments(int argc, char **argv) {
   }
   if (o.help) return o;
   if (o.bundle.empty()) misused("--bundle is missing");
-  if (o.transport != "local" && o.transport != "shm") misused(say("--transport '", o.transport, "' is not local or shm"));
+  if (o.transport != "local" && o.transport != "shm" && o.transport != "cuda") misused(say("--transport '", o.transport, "' is not local, shm or cuda"));
   if (!o.role.empty() && o.role != "attention" && o.role != "ffn") misused(say("--role '", o.role, "' is not attention or ffn"));
   if (o.role.empty() == o.rank.has_value()) misused("--role and --rank go together");
   if (!o.role.empty() && o.transport == "local") misused("--role needs a transport between processes, such as --transport shm");
@@ -219,7 +221,7 @@ int run(int argc, char **argv) {
     const std::uint32_t count = launch.only->role == Role::attention ? bundle.manifest.attention : bundle.manifest.ffn;
     if (*o.rank >= count) misused(say("--rank ", *o.rank, ": the bundle has ", count, " ", o.role, " ranks"));
   }
-  launch.transport = o.transport == "shm" ? shmTransport() : localTransport();
+  launch.transport = o.transport == "cuda" ? cudaTransport() : o.transport == "shm" ? shmTransport() : localTransport();
   launch.processes = o.transport == "shm" && o.role.empty();
   launch.interrupted = &interrupted;
   if (!o.peers.empty()) o.engine.session = JsonFile::read(o.peers, o.peers, 1 << 20)["session"].text();

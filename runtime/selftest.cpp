@@ -1,11 +1,12 @@
 // step3-selftest: runs kernels of a compiled program on inputs that the compiler drew, and compares with what its interpreter made of them.
 //
 //   step3-selftest CASES LIBRARY [--isa NAME] [--threads N] [--verbose]
+//   step3-selftest --logits EXPECTED GOT BOUND     two files of f32: the relative error, by the Frobenius norm, is at most BOUND
 //
 // CASES, little endian: "S3KT0001", u32 cases, then each case:
 //   text name; u32 buffers, each: u8 kind (0 read, 1 written, 2 both), u64 bytes, the bytes unless it is only written
 //   u32 launches, each: text kernel, u32 rows, u32 arguments, each u32 buffer
-//   u32 checks, each: u32 buffer, text dtype, u64 count, f64 expected[count], f64 allowed[count]
+//   u32 checks, each: u32 buffer, text dtype, u64 count, expected[count], allowed[count]: f64 for f64 and integers of 32 bits and more, else f32
 // A text is u32 bytes and the bytes. What is only written starts as 0xA5; every buffer lies between guard bytes that must survive; what is only
 // read must not change. A value is right when it differs from what is expected by at most what is allowed.
 #include <algorithm>
@@ -60,6 +61,7 @@ class Reader {
     bytes(s.data(), n);
     return s;
   }
+  std::uint64_t left() const { return left_; }
   template <class T>
   std::vector<T> list(std::uint64_t n) {
     if (n > left_ / sizeof(T)) need(left_ + 1);
@@ -98,6 +100,8 @@ struct Case {
   std::vector<Check> checks;
 };
 
+bool isWide(const std::string &dtype) { return dtype == "f64" || dtype.ends_with("32") ? dtype != "f32" : dtype.ends_with("64"); }
+
 Case readCase(Reader &in) {
   Case c;
   c.name = in.text();
@@ -126,8 +130,14 @@ Case readCase(Reader &in) {
     k.buffer = index();
     k.dtype = in.text();
     const auto count = in.number<std::uint64_t>();
-    k.expected = in.list<double>(count);
-    k.allowed = in.list<double>(count);
+    for (auto *numbers : {&k.expected, &k.allowed}) {
+      if (isWide(k.dtype)) {
+        *numbers = in.list<double>(count);
+      } else {
+        const auto narrow = in.list<float>(count);
+        numbers->assign(narrow.begin(), narrow.end());
+      }
+    }
     c.checks.push_back(std::move(k));
   }
   return c;
@@ -259,7 +269,31 @@ class Machine {
   }
 };
 
+std::vector<float> readFloats(const std::string &path) {
+  Reader in(path);
+  return in.list<float>(in.left() / sizeof(float));
+}
+
+/// Compares logits with those of another target; the error counts every element, a NaN is infinitely wrong.
+int compareLogits(const std::string &expected, const std::string &got, const std::string &bound) {
+  const std::vector<float> want = readFloats(expected), have = readFloats(got);
+  double most = 0;
+  if (std::from_chars(bound.data(), bound.data() + bound.size(), most).ptr != bound.data() + bound.size() || !(most > 0))
+    fail(exit_usage, "--logits takes a bound above 0, not '", bound, "'");
+  if (want.size() != have.size()) fail(exit_peer, got, " has ", have.size(), " numbers, ", expected, " has ", want.size());
+  double difference = 0, size = 0;
+  for (std::size_t i = 0; i < want.size(); i++) {
+    const double d = static_cast<double>(have[i]) - static_cast<double>(want[i]);
+    difference += d * d;
+    size += static_cast<double>(want[i]) * static_cast<double>(want[i]);
+  }
+  const double error = std::sqrt(difference / size);
+  std::printf("relative error %.3g of %zu logits, at most %.3g\n", error, want.size(), most);
+  return error <= most ? exit_done : exit_peer;
+}
+
 int run(int argc, char **argv) {
+  if (argc == 5 && std::string(argv[1]) == "--logits") return compareLogits(argv[2], argv[3], argv[4]);
   std::vector<std::string> places;
   std::string isa;
   std::uint32_t threads = 1;

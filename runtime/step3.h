@@ -31,6 +31,8 @@ typedef struct {
   uint32_t stride;   /* maximum rows of one segment */
 } s3_launch;
 
+typedef struct { s3_span dst, src; } s3_copy; /* of one length */
+
 typedef struct s3_dev s3_dev;
 typedef struct s3_queue s3_queue;
 typedef struct s3_segment s3_segment;
@@ -38,8 +40,13 @@ typedef uint64_t s3_event; /* 0: already happened */
 
 /* Spans of this driver are addresses: one open device may use what another in the same process allocated (weights are loaded once). */
 #define S3_DEVICE_SHARES_SPANS 1u
+/* Devices of this driver copy into each other's memory in the order of their queues: the entries from map() on are there. */
+#define S3_DEVICE_DIRECT 2u
 
-/* What share() writes for a driver whose memory is host memory: a descriptor that another process can map, owned by the device. */
+/* The most bytes that share() writes: what only the same driver understands, or, for memory of the host, the following. */
+#define S3_TOKEN 128u
+
+/* A descriptor that another process can map, owned by the device. */
 typedef struct {
   int32_t fd;
   uint32_t zero;
@@ -50,22 +57,31 @@ typedef struct {
 typedef struct {
   uint32_t abi, caps;
   /* program: the compiled library of this side, options: device options as JSON ({"threads":2,"isa":"avx2","spin":2000,
-     "kernels":{"k0_linear":4096}}: the kernels that the manifest has, and their scratch); what a driver does not know it ignores */
+     "kernels":{"k0_linear":4096},"exchange":"device"}: the kernels that the manifest has, and their scratch; shared memory is to be the
+     device's own, for a transport of queues); what a driver does not know it ignores */
   int (*open)(int ordinal, const char *program, const char *options, s3_dev **);
   void (*close)(s3_dev *);
   int (*alloc)(s3_dev *, uint64_t bytes, uint64_t align, uint32_t shared, s3_span *); /* zeroed; shared: share() will be asked for it */
   void *(*host)(s3_dev *, s3_span);                                                   /* address, or NULL when the host cannot reach it */
-  int (*queue)(s3_dev *, s3_queue **);
+  int (*queue)(s3_dev *, s3_queue **); /* the first is the one of read() and write(); direct: another at each further call, beside the others */
   int (*copy)(s3_queue *, s3_span dst, s3_span src, uint64_t bytes);
   int (*read)(s3_dev *, void *dst, s3_span src);
   int (*write)(s3_dev *, s3_span dst, const void *src);
   /* the launches between two communication steps; kernels are what kernel() gave; args are copied */
   int (*prepare)(s3_dev *, const s3_launch *, uint32_t n, s3_segment **);
-  int (*submit)(s3_queue *, s3_segment *, s3_event *done);
-  int (*wait)(s3_dev *, s3_event, uint32_t ms);
+  int (*submit)(s3_queue *, s3_segment *, s3_event *done); /* NULL: nobody asks */
+  int (*wait)(s3_dev *, s3_event, uint32_t ms); /* 3: it has not happened within ms; 0 ms: without end */
   int (*share)(s3_dev *, s3_span, void *token, uint32_t *bytes); /* bytes: of token, in and out */
   int (*kernel)(s3_dev *, const char *name, uint32_t *index);
   const char *(*error)(s3_dev *); /* NULL device: why the last open on this thread failed */
+
+  /* with S3_DEVICE_DIRECT */
+  int (*map)(s3_dev *, const void *token, uint32_t bytes, uint32_t here, s3_span *out); /* what another device shares; here: one of this process */
+  int (*mark)(s3_queue *, s3_event *done);                    /* happens when all that the queue was given has */
+  int (*after)(s3_queue *, s3_event);                         /* the queue goes on when it has happened */
+  int (*put)(s3_queue *, s3_span dst, const void *src);       /* write() on a queue, of a few bytes: they are taken before the call ends */
+  int (*copies)(s3_dev *, const s3_copy *, uint32_t n, s3_segment **); /* each after the one before has arrived; 8 aligned bytes arrive as one */
+  int (*await)(s3_queue *, s3_span flag, uint64_t sequence);  /* the queue goes on when the flag, in its device's memory, holds as much or more */
 } s3_device;
 const s3_device *s3_device_v1(void);
 
@@ -100,6 +116,10 @@ typedef struct {
 #define S3_STOP_ABORT 2u
 typedef struct { uint32_t round, schedule, stop; } s3_round;
 
+/* For devices that are direct: nothing of a round waits on the host but settle(). await() and accept() need the queue of the launches, post() and
+   reply() return at once, and the host does not write headers into push sources. */
+#define S3_TRANSPORT_QUEUES 1u
+
 /*
  * A transport, from s3_transport_v1(). An exchange is posted to all FFN ranks, then waited for; on the other side accepted, then replied to.
  * open: config is JSON: {"attention":2,"ffn":1,"session":"name","schedules":[{"slots":3}],"spin":2000,"timeout_ms":30000,"leave_ms":1500}; what a
@@ -112,12 +132,13 @@ typedef struct {
   int (*bind)(s3_net *, const s3_key *);
   int (*start)(s3_net *); /* compares hashes: a peer with another is refused, both named */
   int (*agree)(s3_net *, const s3_wish *mine, s3_round *out, uint32_t ms); /* all ranks, before each round */
-  int (*post)(s3_net *, const s3_exchange *, s3_event after);
+  int (*post)(s3_net *, const s3_exchange *, const s3_head *, s3_event after); /* the header: what is pushed last */
   int (*await)(s3_net *, const s3_exchange *, s3_queue *, uint32_t ms); /* NULL queue: the host waits */
   int (*accept)(s3_net *, const s3_exchange *, uint32_t from, s3_queue *, uint32_t ms);
   int (*reply)(s3_net *, const s3_exchange *, uint32_t to, s3_event after);
   void (*close)(s3_net *, const char *why); /* why: what went wrong here, for the peers; NULL: all is done */
   const char *(*error)(s3_net *); /* NULL net: why the last open on this thread failed */
+  int (*settle)(s3_net *, s3_queue *, uint32_t ms); /* with S3_TRANSPORT_QUEUES: the host waits for the queue to have done all of a round */
 } s3_transport;
 const s3_transport *s3_transport_v1(void);
 

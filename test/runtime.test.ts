@@ -75,6 +75,7 @@ const run = (
   requests: readonly (Request | string)[],
   flags: readonly string[] = [],
   build: Native = native,
+  env: Record<string, string> = {},
 ): Result => {
   const from = Date.now();
   const { status, signal, stdout, stderr } = spawnSync(build.runner, ["--bundle", bundle, ...programs(build), ...flags], {
@@ -83,6 +84,7 @@ const run = (
     timeout: 60_000,
     env: {
       ...process.env,
+      ...env,
       ASAN_OPTIONS: "exitcode=99",
       UBSAN_OPTIONS: "exitcode=99",
       TSAN_OPTIONS: "exitcode=99 halt_on_error=1",
@@ -498,6 +500,151 @@ describe("ranks in processes of their own", () => {
   });
 });
 
+describe("the transport of queues, on a stand-in for accelerators whose work is late at random", () => {
+  const direct: Partial<Shape> = { device: "stand-in" };
+  const late = { STEP3_TEST_DELAY_US: "300" };
+  const onDirect = (build: Native, flags: readonly string[] = []): string[] => [
+    "--program-attention",
+    build.direct,
+    "--program-ffn",
+    build.direct,
+    "--transport",
+    "cuda",
+    ...flags,
+  ];
+  /** Every rank in a process of its own; by rank. */
+  const apart = (shape: Shape, requests: readonly Request[], env: Record<string, string>, build = native): Promise<Result[]> => {
+    const bundle = writeBundle(folder(), makeBundle(shape));
+    const flags = onDirect(build, session().slice(2));
+    return Promise.all(ranksOf(shape, flags).map((f) => begin(bundle, requests, f, env, build).done));
+  };
+  const gathered = (results: readonly Result[]): Result => ({
+    ...(results[0] as Result),
+    events: results.flatMap((r) => r.events),
+  });
+
+  const shapes: [string, Partial<Shape>][] = [
+    ["1A1F", {}],
+    ["2A2F, 4 slots", { attention: 2, ffn: 2, slots: 4 }],
+    ["3A1F, one slot", { attention: 3, slots: 1 }],
+  ];
+  for (const [name, shape] of shapes)
+    it(`${name}: as from local, in one process and in several`, async () => {
+      const want = expected(many, shape.ffn ?? 1);
+      const together = run(bundleOf({ ...shape, ...direct }), many, onDirect(native), native, late);
+      expect([together.code, together.stderr]).toEqual([0, ""]);
+      expect(tokensOf(together)).toEqual(want);
+      const results = await apart({ ...small, ...shape, ...direct }, many, late);
+      for (const r of results) expect([r.code, r.stderr]).toEqual([0, ""]);
+      expect(tokensOf(gathered(results))).toEqual(want);
+    });
+
+  it("rows per expert are counted without a stop in the round", () => {
+    const stats = join(scratch, "stats.json");
+    for (const attention of [1, 2]) {
+      const r = run(bundleOf({ attention, ...direct }), many, onDirect(native, ["--stats", stats]), native, late);
+      expect([r.code, r.stderr]).toEqual([0, ""]);
+      const made = many.reduce((n, _, i) => n + (finals(r.events).get(i)?.tokens?.length ?? 0), 0);
+      const computed = many.reduce((n, p) => n + p.prompt_ids.length, 0) + made - many.length;
+      const { rows } = JSON.parse(readFileSync(stats, "utf8")).rows_per_value[0] as { rows: number[] };
+      expect(rows.reduce((x, y) => x + y, 0)).toBe(2 * computed);
+    }
+  });
+
+  const shape: Shape = { ...small, attention: 2, ffn: 2, ...direct };
+  it("no data races, no bad addresses, nothing undefined", async () => {
+    for (const [build, flags] of [
+      [raced, []],
+      [raced, ["--stats", join(scratch, "s.json")]],
+      [checked, []],
+    ] as const) {
+      const r = run(bundleOf(shape), many, onDirect(build, flags), build, late);
+      expect([r.code, r.stderr]).toEqual([0, ""]);
+      expect(tokensOf(r)).toEqual(expected(many, 2));
+    }
+    // not for races: what orders two threads must not go through another process
+    for (const r of await apart(shape, many, late, checked)) expect([r.code, r.stderr]).toEqual([0, ""]);
+  });
+
+  const long = Array.from({ length: 200 }, (_, i) => ({ prompt_ids: [1 + (i % 20)], max_tokens: 100 }));
+  for (let victim = 0; victim < 4; victim++)
+    it(`all end within 2 s, exit code 3, when rank ${["a0", "a1", "f0", "f1"][victim]} is killed`, async () => {
+      const bundle = writeBundle(folder(), makeBundle(shape));
+      const flags = onDirect(native, session().slice(2));
+      const started = ranksOf(shape, flags).map((f) => begin(bundle, long, f, { ...late, STEP3_TEST_SLEEP_MS: "20" }));
+      await sleep(700);
+      const at = Date.now();
+      started[victim]?.child.kill("SIGKILL");
+      const results = await Promise.all(started.map((s) => s.done));
+      expect(Date.now() - at).toBeLessThan(2000);
+      for (const [i, r] of results.entries()) {
+        if (i === victim) continue;
+        expect([r.code, r.stderr.trim().split("\n").length]).toEqual([3, 1]);
+        expect(r.stderr).toMatch(/rank [af][01] \(process \d+\) (ended unexpectedly|failed)/);
+      }
+    });
+
+  it("a rank that fails in the middle of a round takes the others along, whose queues wait for it", async () => {
+    const env = { ...late, STEP3_TEST_BREAK: "20" };
+    const message = /rank f[01]: launching: the test breaks it/;
+    const together = run(bundleOf(shape), many, onDirect(native), native, env);
+    expect(together).toMatchObject({ code: 70, stderr: expect.stringMatching(message) });
+    const results = await apart(shape, many, env);
+    for (const r of [together, ...results]) expect(r.ms).toBeLessThan(3000);
+    // of the two that break, one may hear of the other first
+    for (const r of results) expect(r.stderr).toMatch(message);
+    expect(new Set(results.map((r) => r.code))).toEqual(new Set([3, 70]));
+    expect(results.slice(0, 2).map((r) => r.code)).toEqual([3, 3]);
+  });
+
+  it("a peer with another wire contract, and one with another transport, are refused on both sides", async () => {
+    for (const [other, transport, message] of [
+      ["another", "cuda", /the wire contracts differ/],
+      [
+        undefined,
+        "shm",
+        /rank (a0|f0) runs with --transport (cuda|shm), rank (a0|f0) with --transport (cuda|shm); give all ranks the same/,
+      ],
+    ] as const) {
+      const flags = session().slice(2);
+      const left = bundleOf(direct);
+      const right = bundleOf(transport === "shm" ? {} : { ...direct, ...(other === undefined ? {} : { source: other }) });
+      const results = await Promise.all([
+        begin(left, many, ["--role", "attention", "--rank", "0", ...onDirect(native, flags)]).done,
+        begin(right, many, [
+          "--role",
+          "ffn",
+          "--rank",
+          "0",
+          ...(transport === "shm" ? [] : onDirect(native)),
+          "--transport",
+          transport,
+          ...flags,
+        ]).done,
+      ]);
+      for (const r of results) expect(r).toMatchObject({ code: 3, stderr: expect.stringMatching(message) });
+    }
+  });
+
+  it("a device that cannot exchange by itself: the rank is named, and the transport that would do", () => {
+    for (const [devices, rank] of [
+      [{}, "[af]0"],
+      [{ ...direct, ffnDevice: "cpp" }, "f0"],
+      [{ ffnDevice: "stand-in" }, "a0"],
+    ] as const)
+      expect(run(bundleOf(devices), many, onDirect(native))).toMatchObject({
+        code: 3,
+        stderr: expect.stringMatching(
+          new RegExp(`the device of rank ${rank} does not exchange through its own memory; use --transport shm`),
+        ),
+      });
+    expect(run(bundleOf(direct), many, [...onDirect(native), "--strict"])).toMatchObject({
+      code: 2,
+      stderr: expect.stringMatching(/--strict needs device memory that the host can read/),
+    });
+  });
+});
+
 // --- contracts -----------------------------------------------------------------------------------------------------------------------
 
 type Mutable<T> = { -readonly [K in keyof T]: T[K] extends object ? Mutable<T[K]> : T[K] };
@@ -850,7 +997,7 @@ describe("command line", () => {
     for (const [flags, message] of [
       [["--frobnicate"], /unknown option '--frobnicate'; see step3-run --help/],
       [["--threads", "many"], /--threads takes a number from 1 to 1024, not 'many'/],
-      [["--transport", "pigeon"], /--transport 'pigeon' is not local or shm/],
+      [["--transport", "pigeon"], /--transport 'pigeon' is not local, shm or cuda/],
       [["--role", "ffn"], /--role and --rank go together/],
       [["--role", "ffn", "--rank", "0"], /--role needs a transport between processes/],
       [["--role", "ffn", "--rank", "7", ...session()], /the bundle has 1 ffn ranks/],

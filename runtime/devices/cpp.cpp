@@ -225,7 +225,7 @@ int cppPrepare(s3_dev *dev, const s3_launch *launches, std::uint32_t n, s3_segme
 
 int cppSubmit(s3_queue *queue, s3_segment *segment, s3_event *done) {
   of(reinterpret_cast<s3_dev *>(queue)).team->run(*reinterpret_cast<const Segment *>(segment));
-  *done = 0;
+  if (done) *done = 0;
   return 0;
 }
 int cppWait(s3_dev *, s3_event, std::uint32_t) { return 0; }
@@ -248,7 +248,8 @@ const char *cppError(s3_dev *dev) { return dev ? of(dev).error.c_str() : open_er
 
 const s3_device *cppDevice() {
   static const s3_device table = {S3_ABI,     S3_DEVICE_SHARES_SPANS, cppOpen,   cppClose, cppAlloc, cppHost,  cppQueue, cppCopy, cppRead,
-                                  cppWrite,   cppPrepare,             cppSubmit, cppWait,  cppShare, cppKernel, cppError};
+                                  cppWrite,   cppPrepare,             cppSubmit, cppWait,  cppShare, cppKernel, cppError, nullptr, nullptr,
+                                  nullptr,    nullptr,                nullptr,   nullptr};
   return &table;
 }
 

@@ -1,12 +1,18 @@
 // An NVIDIA GPU as a device. Part of each program for it, and found there by the runtime: the runtime itself needs no CUDA.
 //
 // One stream does everything in order. The launches between two communication steps are one CUDA graph, captured once. Memory that other ranks
-// write lies in the host's memory, mapped into the GPU's addresses, so that ranks on other devices reach it through any transport.
+// write lies in the host's memory, mapped into the GPU's addresses, so that ranks on other devices reach it through any transport; or, when
+// all ranks are on GPUs, in the GPU's own. Then each further queue is a stream for the messages to one peer: its copy engine moves them, and no
+// multiprocessor is taken from the kernels.
+#include <cuda.h>
 #include <cuda_runtime.h>
 
 #include <chrono>
+#include <cstdlib>
+#include <map>
 #include <memory>
 #include <string>
+#include <thread>
 #include <unordered_map>
 #include <vector>
 
@@ -42,14 +48,35 @@ struct Segment {
   }
 };
 
+struct Device;
+struct Queue {
+  Device *device;
+  cudaStream_t stream;
+};
+
+/// What share() writes. A handle is of a whole allocation, for another process; its address is for this one.
+struct Shared {
+  char magic[8];
+  cudaIpcMemHandle_t handle;
+  std::uint64_t address, offset, bytes;
+};
+using WaitValue = decltype(&cuStreamWaitValue64);  // found at run time: only the runtime library is linked
+constexpr char magic[8] = {'s', '3', 'c', 'u', 'd', 'a', '0', '1'};
+static_assert(sizeof(Shared) <= S3_TOKEN);
+
 struct Device {
   std::string error;
   int ordinal = 0, processors = 0;
   std::uint64_t scratch_bytes = 0;
+  bool direct = false;                 // shared memory is the GPU's
+  WaitValue waitFor = nullptr;
   cudaStream_t stream = nullptr;
+  std::vector<std::unique_ptr<Queue>> queues;  // the first is `stream`
   void *scratch = nullptr, *counters = nullptr;
   std::vector<void *> memory;          // of the GPU
   std::vector<HostMemory> reachable;   // of the host, mapped
+  std::vector<s3_span> shared;         // of the GPU, whole allocations
+  std::map<std::string, void *> mapped;  // of GPUs of other processes, by handle
   std::vector<std::unique_ptr<Segment>> segments;
   std::unordered_map<std::string, std::uint32_t> kernels;
   // events are handed out in turn; one that was handed out again had happened long ago, since a round has fewer steps than there are events
@@ -58,21 +85,40 @@ struct Device {
 
   ~Device() {
     if (stream) cudaStreamSynchronize(stream);
+    for (const auto &q : queues) cudaStreamSynchronize(q->stream);
     segments.clear();
     for (const cudaEvent_t e : events) cudaEventDestroy(e);
+    // a peer may still have our shared memory open: that goes with the process
+    for (const auto &[handle, m] : mapped) cudaIpcCloseMemHandle(m);
     for (void *m : memory) cudaFree(m);
     for (const HostMemory &m : reachable) {
       cudaHostUnregister(m.address);
       m.unmap();
     }
+    for (std::size_t i = 1; i < queues.size(); i++) cudaStreamDestroy(queues[i]->stream);
     if (stream) cudaStreamDestroy(stream);
   }
   void *alloc(std::uint64_t bytes, const char *what) {
     void *m = nullptr;
     check(cudaMalloc(&m, std::max<std::uint64_t>(bytes, 1)), what);
     memory.push_back(m);
-    check(cudaMemsetAsync(m, 0, bytes, stream), what);
+    clear(m, bytes, what);
     return m;
+  }
+  /// Memory of the GPU that others write.
+  void *share(std::uint64_t bytes) {
+    constexpr std::uint64_t piece = 2 << 20;  // what another process maps, so that nothing else of ours is in it
+    bytes = (std::max<std::uint64_t>(bytes, 1) + piece - 1) / piece * piece;
+    void *m = nullptr;
+    check(cudaMalloc(&m, bytes), "memory of the GPU for exchanges");
+    shared.push_back({reinterpret_cast<std::uint64_t>(m), 0, bytes});
+    clear(m, bytes, "memory of the GPU for exchanges");
+    return m;
+  }
+  /// At once: other streams, and peers, do not wait for this one.
+  void clear(void *m, std::uint64_t bytes, const char *what) const {
+    check(cudaMemsetAsync(m, 0, bytes, stream), what);
+    check(cudaStreamSynchronize(stream), what);
   }
   bool isHost(s3_span s) const {
     for (const HostMemory &m : reachable)
@@ -82,12 +128,12 @@ struct Device {
 };
 
 Device &of(s3_dev *dev) { return *reinterpret_cast<Device *>(dev); }
+Queue &of(s3_queue *queue) { return *reinterpret_cast<Queue *>(queue); }
 void *at(s3_span s) { return reinterpret_cast<std::uint8_t *>(s.mem) + s.off; }
 
 /// What every function of the table does around its work: the device is this thread's, and failures become codes.
 template <class Work>
-int guarded(s3_dev *dev, const Work &work) {
-  Device &d = of(dev);
+int guarded(Device &d, const Work &work) {
   try {
     check(cudaSetDevice(d.ordinal), "GPU");
     work(d);
@@ -101,8 +147,31 @@ int guarded(s3_dev *dev, const Work &work) {
   }
 }
 
+template <class Work>
+int guarded(s3_dev *dev, const Work &work) {
+  return guarded(of(dev), work);
+}
+
+/// The driver's function by which a stream waits for a word of memory. It is tried once: not every system has it.
+WaitValue findWait(cudaStream_t stream, void *zero, int ordinal) {
+  void *found = nullptr;
+  cudaDriverEntryPointQueryResult how = cudaDriverEntryPointSymbolNotFound;
+#if CUDART_VERSION >= 12050
+  const cudaError_t code = cudaGetDriverEntryPointByVersion("cuStreamWaitValue64", &found, 12000, cudaEnableDefault, &how);
+#else
+  const cudaError_t code = cudaGetDriverEntryPoint("cuStreamWaitValue64", &found, cudaEnableDefault, &how);
+#endif
+  const auto wait = reinterpret_cast<WaitValue>(found);
+  if (code != cudaSuccess || how != cudaDriverEntryPointSuccess ||
+      wait(stream, reinterpret_cast<CUdeviceptr>(zero), 0, CU_STREAM_WAIT_VALUE_GEQ) != CUDA_SUCCESS)
+    fail(exit_input, "GPU ", ordinal, " cannot wait for its memory to change; use --transport shm");
+  return wait;
+}
+
 void open(int ordinal, const char *options, s3_dev **out) {
   auto d = std::make_unique<Device>();
+  // a stream that waits for a peer must not hold up another because the two share a channel to the GPU
+  ::setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0);
   int count = 0;
   if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0)
     fail(exit_input, "no NVIDIA GPU (", cudaGetErrorString(cudaGetLastError()), "); run on a machine with one, or compile for another target");
@@ -125,11 +194,13 @@ void open(int ordinal, const char *options, s3_dev **out) {
       if (found == d->kernels.end() || entries[found->second].scratch != static_cast<std::uint64_t>(facts.whole()))
         fail(exit_input, "kernel '", name, "' is missing or not the one of manifest.json; the program was built from another bundle, build it again");
     }
+  if (const Json *v = json.root().find("exchange")) d->direct = v->text() == "device";
   check(cudaStreamCreateWithFlags(&d->stream, cudaStreamNonBlocking), "stream");
   d->scratch = d->alloc(d->scratch_bytes, "scratch memory");
   d->counters = d->alloc(counter_bytes, "counters");
   d->events.resize(4096);
   for (cudaEvent_t &e : d->events) check(cudaEventCreateWithFlags(&e, cudaEventDisableTiming), "event");
+  if (d->direct) d->waitFor = findWait(d->stream, d->counters, d->ordinal);
   check(cudaStreamSynchronize(d->stream), "GPU");
   *out = reinterpret_cast<s3_dev *>(d.release());
 }
@@ -158,6 +229,10 @@ int cudaDevAlloc(s3_dev *dev, std::uint64_t bytes, std::uint64_t, std::uint32_t 
       *out = {reinterpret_cast<std::uint64_t>(d.alloc(bytes, "memory of the GPU")), 0, bytes};
       return;
     }
+    if (d.direct) {
+      *out = {reinterpret_cast<std::uint64_t>(d.share(bytes)), 0, bytes};
+      return;
+    }
     HostMemory m = HostMemory::map(bytes, true);
     if (const cudaError_t code = cudaHostRegister(m.address, m.bytes, cudaHostRegisterMapped | cudaHostRegisterPortable); code != cudaSuccess) {
       m.unmap();
@@ -173,13 +248,17 @@ int cudaDevAlloc(s3_dev *dev, std::uint64_t bytes, std::uint64_t, std::uint32_t 
 
 void *cudaDevHost(s3_dev *dev, s3_span span) { return of(dev).isHost(span) ? at(span) : nullptr; }
 
-// the one queue of this device is its stream
 int cudaDevQueue(s3_dev *dev, s3_queue **out) {
-  *out = reinterpret_cast<s3_queue *>(dev);
-  return 0;
+  return guarded(dev, [&](Device &d) {
+    cudaStream_t stream = d.stream;
+    if (!d.queues.empty()) check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "stream");
+    d.queues.push_back(std::make_unique<Queue>(Queue{&d, stream}));
+    *out = reinterpret_cast<s3_queue *>(d.queues.back().get());
+  });
 }
 int cudaDevCopy(s3_queue *queue, s3_span dst, s3_span src, std::uint64_t bytes) {
-  return guarded(reinterpret_cast<s3_dev *>(queue), [&](Device &d) { check(cudaMemcpyAsync(at(dst), at(src), bytes, cudaMemcpyDefault, d.stream), "copying"); });
+  const Queue &q = of(queue);
+  return guarded(*q.device, [&](Device &) { check(cudaMemcpyAsync(at(dst), at(src), bytes, cudaMemcpyDefault, q.stream), "copying"); });
 }
 int cudaDevRead(s3_dev *dev, void *dst, s3_span src) {
   return guarded(dev, [&](Device &d) {
@@ -199,58 +278,158 @@ int cudaDevWrite(s3_dev *dev, s3_span dst, const void *src) {
   });
 }
 
+/// What `work` enqueues on the stream, as a graph.
+template <class Work>
+s3_segment *capture(Device &d, const char *what, const Work &work) {
+  auto segment = std::make_unique<Segment>();
+  check(cudaStreamBeginCapture(d.stream, cudaStreamCaptureModeThreadLocal), what);
+  std::string failed;
+  try {
+    work();
+  } catch (const Failure &e) {
+    failed = e.what();
+  }
+  cudaGraph_t graph = nullptr;
+  const cudaError_t ended = cudaStreamEndCapture(d.stream, &graph);
+  const std::unique_ptr<std::remove_pointer_t<cudaGraph_t>, decltype(&cudaGraphDestroy)> owned(graph, &cudaGraphDestroy);
+  if (!failed.empty()) fail(exit_internal, failed);
+  check(ended, what);
+  check(cudaGraphInstantiate(&segment->graph, graph, 0), what);
+  // or its first launch would allocate, while others wait for what comes after it
+  check(cudaGraphUpload(segment->graph, d.stream), what);
+  d.segments.push_back(std::move(segment));
+  return reinterpret_cast<s3_segment *>(d.segments.back().get());
+}
+
 int cudaDevPrepare(s3_dev *dev, const s3_launch *launches, std::uint32_t n, s3_segment **out) {
   return guarded(dev, [&](Device &d) {
-    auto segment = std::make_unique<Segment>();
     std::vector<void *> args;
-    check(cudaStreamBeginCapture(d.stream, cudaStreamCaptureModeThreadLocal), "capturing launches");
-    std::string failed;
-    cudaError_t why = cudaSuccess;
-    for (std::uint32_t i = 0; i < n && failed.empty(); i++) {
-      const s3_launch &from = launches[i];
-      args.clear();
-      for (std::uint32_t a = 0; a < from.nargs; a++) args.push_back(at(from.args[a]));
-      const Call call = {args.data(),     static_cast<const s3_head *>(at(from.heads)),  from.segments,
-                         from.stride,     static_cast<std::uint8_t *>(d.scratch),        static_cast<std::uint32_t *>(d.counters),
-                         d.stream,        d.processors};
-      why = from.kernel < entry_count ? entries[from.kernel].launch(call) : cudaErrorInvalidValue;
-      if (why != cudaSuccess) failed = from.kernel < entry_count ? entries[from.kernel].name : "an unknown kernel";
-    }
-    cudaGraph_t graph = nullptr;
-    const cudaError_t ended = cudaStreamEndCapture(d.stream, &graph);
-    const std::unique_ptr<std::remove_pointer_t<cudaGraph_t>, decltype(&cudaGraphDestroy)> owned(graph, &cudaGraphDestroy);
-    if (!failed.empty()) fail(exit_internal, "kernel ", failed, " cannot be launched: ", cudaGetErrorString(why));
-    check(ended, "capturing launches");
-    check(cudaGraphInstantiate(&segment->graph, graph, 0), "preparing launches");
-    d.segments.push_back(std::move(segment));
-    *out = reinterpret_cast<s3_segment *>(d.segments.back().get());
+    *out = capture(d, "preparing launches", [&] {
+      for (std::uint32_t i = 0; i < n; i++) {
+        const s3_launch &from = launches[i];
+        if (from.kernel >= entry_count) fail(exit_internal, "kernel ", from.kernel, " of ", entry_count);
+        args.clear();
+        for (std::uint32_t a = 0; a < from.nargs; a++) args.push_back(at(from.args[a]));
+        const Call call = {args.data(),     static_cast<const s3_head *>(at(from.heads)),  from.segments,
+                           from.stride,     static_cast<std::uint8_t *>(d.scratch),        static_cast<std::uint32_t *>(d.counters),
+                           d.stream,        d.processors};
+        if (const cudaError_t why = entries[from.kernel].launch(call); why != cudaSuccess)
+          fail(exit_internal, "kernel ", entries[from.kernel].name, " cannot be launched: ", cudaGetErrorString(why));
+      }
+    });
   });
 }
 
-int cudaDevSubmit(s3_queue *queue, s3_segment *segment, s3_event *done) {
-  return guarded(reinterpret_cast<s3_dev *>(queue), [&](Device &d) {
-    check(cudaGraphLaunch(reinterpret_cast<Segment *>(segment)->graph, d.stream), "launching");
-    check(cudaEventRecord(d.events[d.recorded % d.events.size()], d.stream), "launching");
+int cudaDevCopies(s3_dev *dev, const s3_copy *copies, std::uint32_t n, s3_segment **out) {
+  return guarded(dev, [&](Device &d) {
+    *out = capture(d, "preparing copies", [&] {
+      for (std::uint32_t i = 0; i < n; i++)
+        check(cudaMemcpyAsync(at(copies[i].dst), at(copies[i].src), copies[i].src.bytes, cudaMemcpyDefault, d.stream), "preparing copies");
+    });
+  });
+}
+
+int cudaDevMark(s3_queue *queue, s3_event *done) {
+  const Queue &q = of(queue);
+  return guarded(*q.device, [&](Device &d) {
+    check(cudaEventRecord(d.events[d.recorded % d.events.size()], q.stream), "launching");
     *done = ++d.recorded;
   });
+}
+int cudaDevSubmit(s3_queue *queue, s3_segment *segment, s3_event *done) {
+  const Queue &q = of(queue);
+  const int code = guarded(*q.device, [&](Device &) { check(cudaGraphLaunch(reinterpret_cast<Segment *>(segment)->graph, q.stream), "launching"); });
+  return code != 0 || !done ? code : cudaDevMark(queue, done);
+}
+
+/// The event that stands for one that was handed out, or null when that happened long ago.
+cudaEvent_t eventOf(const Device &d, s3_event event) {
+  return event == 0 || event + d.events.size() <= d.recorded ? nullptr : d.events[(event - 1) % d.events.size()];
 }
 
 int cudaDevWait(s3_dev *dev, s3_event event, std::uint32_t ms) {
   return guarded(dev, [&](Device &d) {
-    if (event == 0 || event + d.events.size() <= d.recorded) return;
-    const cudaEvent_t e = d.events[(event - 1) % d.events.size()];
+    const cudaEvent_t e = eventOf(d, event);
+    if (!e) return;
     if (ms == 0) return check(cudaEventSynchronize(e), "running kernels");
-    const auto end = std::chrono::steady_clock::now() + std::chrono::milliseconds(ms);
+    const auto start = std::chrono::steady_clock::now();
     for (;;) {
       const cudaError_t state = cudaEventQuery(e);
       if (state != cudaErrorNotReady) return check(state, "running kernels");
-      if (std::chrono::steady_clock::now() > end) fail(exit_peer, "kernels were not done after ", ms, " ms");
+      const auto waited = std::chrono::steady_clock::now() - start;
+      if (waited > std::chrono::milliseconds(ms)) fail(exit_peer, "kernels were not done after ", ms, " ms");
+      // a core that asks all the time is quickest; after a while it has other things to do
+      if (waited > std::chrono::milliseconds(2)) std::this_thread::sleep_for(std::chrono::microseconds(20));
     }
   });
 }
 
 int cudaDevShare(s3_dev *dev, s3_span span, void *token, std::uint32_t *bytes) {
-  return describeShared(of(dev).reachable, span, token, bytes, of(dev).error);
+  if (!of(dev).direct) return describeShared(of(dev).reachable, span, token, bytes, of(dev).error);
+  return guarded(dev, [&](Device &d) {
+    const std::uint64_t from = span.mem + span.off;
+    for (const s3_span &s : d.shared) {
+      if (from < s.mem || from - s.mem > s.bytes || span.bytes > s.bytes - (from - s.mem)) continue;
+      Shared token_of{{}, {}, s.mem, from - s.mem, span.bytes};
+      std::memcpy(token_of.magic, magic, sizeof magic);
+      check(cudaIpcGetMemHandle(&token_of.handle, reinterpret_cast<void *>(s.mem)), "sharing memory of the GPU");
+      if (*bytes < sizeof token_of) fail(exit_internal, "share: the token is too small");
+      std::memcpy(token, &token_of, sizeof token_of);
+      *bytes = sizeof token_of;
+      return;
+    }
+    fail(exit_internal, "share: not shared memory of this device");
+  });
+}
+
+int cudaDevMap(s3_dev *dev, const void *token, std::uint32_t bytes, std::uint32_t here, s3_span *out) {
+  return guarded(dev, [&](Device &d) {
+    Shared shared{};
+    if (bytes == sizeof shared) std::memcpy(&shared, token, sizeof shared);
+    if (std::memcmp(shared.magic, magic, sizeof magic) != 0) fail(exit_input, "its memory is not of an NVIDIA GPU; use --transport shm");
+    *out = {shared.address, shared.offset, shared.bytes};
+    if (here) {
+      cudaPointerAttributes facts{};
+      check(cudaPointerGetAttributes(&facts, reinterpret_cast<void *>(shared.address)), "memory of another GPU");
+      if (facts.device == d.ordinal) return;
+      int able = 0;
+      check(cudaDeviceCanAccessPeer(&able, d.ordinal, facts.device), "memory of another GPU");
+      if (!able) fail(exit_input, "GPU ", d.ordinal, " does not reach the memory of GPU ", facts.device, "; use --transport shm");
+      const cudaError_t code = cudaDeviceEnablePeerAccess(facts.device, 0);
+      if (code == cudaErrorPeerAccessAlreadyEnabled) static_cast<void>(cudaGetLastError());
+      else check(code, "memory of another GPU");
+      return;
+    }
+    void *&base = d.mapped[{reinterpret_cast<const char *>(&shared.handle), sizeof shared.handle}];
+    if (!base) {
+      const cudaError_t code = cudaIpcOpenMemHandle(&base, shared.handle, cudaIpcMemLazyEnablePeerAccess);
+      if (code != cudaSuccess) {
+        d.mapped.erase({reinterpret_cast<const char *>(&shared.handle), sizeof shared.handle});
+        static_cast<void>(cudaGetLastError());
+        fail(exit_input, "the memory of its GPU cannot be reached from GPU ", d.ordinal, " (", cudaGetErrorString(code),
+             "); let every rank see all GPUs (CUDA_VISIBLE_DEVICES), or use --transport shm");
+      }
+    }
+    out->mem = reinterpret_cast<std::uint64_t>(base);
+  });
+}
+
+int cudaDevAfter(s3_queue *queue, s3_event event) {
+  const Queue &q = of(queue);
+  return guarded(*q.device, [&](Device &d) {
+    if (const cudaEvent_t e = eventOf(d, event)) check(cudaStreamWaitEvent(q.stream, e, 0), "waiting for kernels");
+  });
+}
+int cudaDevPut(s3_queue *queue, s3_span dst, const void *src) {
+  const Queue &q = of(queue);
+  // so few bytes are part of the command itself
+  return guarded(*q.device, [&](Device &) { check(cudaMemcpyAsync(at(dst), src, dst.bytes, cudaMemcpyHostToDevice, q.stream), "writing"); });
+}
+int cudaDevAwait(s3_queue *queue, s3_span flag, std::uint64_t sequence) {
+  const Queue &q = of(queue);
+  return guarded(*q.device, [&](Device &d) {
+    if (d.waitFor(q.stream, flag.mem + flag.off, sequence, CU_STREAM_WAIT_VALUE_GEQ) != CUDA_SUCCESS) fail(exit_internal, "waiting for a message");
+  });
 }
 
 int cudaDevKernel(s3_dev *dev, const char *name, std::uint32_t *index) {
@@ -268,7 +447,8 @@ const char *cudaDevError(s3_dev *dev) { return dev ? of(dev).error.c_str() : ope
 
 extern "C" __attribute__((visibility("default"))) const s3_device *s3_device_v1(void) {
   using namespace s3;
-  static const s3_device table = {S3_ABI,       0,              cudaDevOpen,   cudaDevClose, cudaDevAlloc, cudaDevHost,   cudaDevQueue, cudaDevCopy,
-                                  cudaDevRead,  cudaDevWrite,   cudaDevPrepare, cudaDevSubmit, cudaDevWait, cudaDevShare, cudaDevKernel, cudaDevError};
+  static const s3_device table = {S3_ABI,         S3_DEVICE_DIRECT, cudaDevOpen,  cudaDevClose, cudaDevAlloc, cudaDevHost,   cudaDevQueue, cudaDevCopy,
+                                  cudaDevRead,    cudaDevWrite,     cudaDevPrepare, cudaDevSubmit, cudaDevWait, cudaDevShare, cudaDevKernel, cudaDevError,
+                                  cudaDevMap,     cudaDevMark,      cudaDevAfter, cudaDevPut,   cudaDevCopies, cudaDevAwait};
   return &table;
 }

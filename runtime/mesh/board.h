@@ -1,6 +1,6 @@
-// What the transports on one host have in common. Every rank owns a board: a piece of memory that its peers write. On it are a bell, its wish
-// for the next round, and one line for every peer and slot with the sequence of the newest message. Sequences only grow and are compared with
-// >=, so nothing is ever reset. Payload goes straight from the sender's buffer into the receiver's, the header last, then the line, then the bell.
+// What the transports on one host have in common. Every rank owns a board: a piece of the host's memory that its peers write. On it are a bell,
+// its wish for the next round, and one line for every peer and slot with the sequence of the newest message. Sequences only grow and are compared
+// with >=, so nothing is ever reset. Payload goes straight from the sender's buffer into the receiver's, the header last, then the sequence.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -42,17 +42,21 @@ struct alignas(64) Board {
   static std::uint64_t bytes(const MeshConfig &);
 };
 
-/// Where a message goes or comes from, in addresses of this process.
+/// One pairing of memory, and where its other end is.
 struct Pairing {
   s3_key key{};
-  std::uint8_t *memory = nullptr;  // of this side
-  std::uint8_t *remote = nullptr;  // outgoing: the receiver's memory
+  std::uint8_t *memory = nullptr;  // of this side, where the host reaches it
+  s3_span remote{};                // outgoing: the receiver's memory, as this process or its device addresses it; no bytes: not found yet
 };
 
-/// One rank's view of the mesh, once boards and pairings are known. Every call returns 0 or an exit code, with the reason in `why`.
+/// One rank's view of the mesh, once boards and pairings are known: what all ways to move messages have in common. Every call returns 0 or an
+/// exit code, with the reason in `why`.
 class Mesh {
  public:
   Mesh(MeshConfig config, std::uint32_t rank, s3_dev *dev, const s3_device *device);
+  Mesh(const Mesh &) = delete;
+  Mesh &operator=(const Mesh &) = delete;
+  virtual ~Mesh() = default;
 
   const MeshConfig config;
   const std::uint32_t rank;
@@ -62,36 +66,40 @@ class Mesh {
   std::vector<Pairing> pairings;               // as bound
   std::function<std::string()> lost;           // what became of a peer, or nothing: asked while waiting
 
-  int bind(const s3_key &key);
+  virtual int bind(const s3_key &key);
   /// sorts pairings for use; call when `remote` of every outgoing one is set
-  int ready();
+  virtual int ready();
   int agree(const s3_wish &mine, s3_round &out, std::uint32_t ms);
-  int post(const s3_exchange &x, s3_event after);
-  int await(const s3_exchange &x, std::uint32_t ms);
-  int accept(const s3_exchange &x, std::uint32_t from, std::uint32_t ms);
-  int reply(const s3_exchange &x, std::uint32_t to, s3_event after);
+  virtual int post(const s3_exchange &x, const s3_head &head, s3_event after) = 0;
+  virtual int await(const s3_exchange &x, s3_queue *queue, std::uint32_t ms) = 0;
+  virtual int accept(const s3_exchange &x, std::uint32_t from, s3_queue *queue, std::uint32_t ms) = 0;
+  virtual int reply(const s3_exchange &x, std::uint32_t to, s3_event after) = 0;
   int refuse(int code, std::string text);
+  /// how many lines, or routes, a rank has
+  static std::size_t count(const MeshConfig &config);
 
- private:
-  s3_dev *dev_;
-  const s3_device *device_;
-  bool attention_;
-  std::uint32_t peers_;                        // ranks of the other side
-  std::vector<std::size_t> firsts_;            // by schedule: index of its first (peer, slot) in `routes_`
+ protected:
+  s3_dev *const dev_;
+  const s3_device *const device_;
+  const bool attention_;
+  const std::uint32_t peers_;                  // ranks of the other side
   struct Route {
     std::vector<const Pairing *> out, in;      // in posting order
   };
-  std::vector<Route> routes_;
-  std::uint64_t rounds_ = 0;
+  std::vector<Route> routes_;                  // by index()
 
+  /// of the line or route for a schedule, peer of the other side and slot
   std::size_t index(std::uint32_t schedule, std::uint32_t peer, std::uint32_t slot) const {
     return firsts_[schedule] + static_cast<std::size_t>(peer) * config.slots[schedule] + slot;
   }
+  /// among the ranks of its side
+  std::uint32_t number(std::uint32_t r) const { return r < config.attention ? r : r - config.attention; }
   bool known(const s3_exchange &x, std::uint32_t peer);
-  Line &line(Board &board, std::uint32_t schedule, std::uint32_t peers_peer, std::uint32_t slot) const;
   int wait(const std::function<bool()> &done, std::uint32_t ms, const std::function<std::string()> &what);
-  int finished(s3_event after);
-  int send(const Route &route, const s3_exchange &x, const s3_head &head, std::uint32_t to);
+
+ private:
+  std::vector<std::size_t> firsts_;            // by schedule: index of its first peer and slot
+  std::uint64_t rounds_ = 0;
 };
 
 }  // namespace s3

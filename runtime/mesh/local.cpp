@@ -7,7 +7,7 @@
 #include <new>
 
 #include "../error.h"
-#include "board.h"
+#include "host.h"
 #include "mesh.h"
 
 namespace s3 {
@@ -37,16 +37,18 @@ Hubs &hubs() {
 thread_local std::string open_error;
 
 struct Local {
-  Mesh mesh;
+  HostMesh mesh;
   std::shared_ptr<Hub> hub;
   std::array<std::uint8_t, 32> wire{};
+
+  Local(MeshConfig c, std::uint32_t rank, s3_dev *dev, const s3_device *device) : mesh(std::move(c), rank, dev, device) {}
 };
 Local &of(s3_net *net) { return *reinterpret_cast<Local *>(net); }
 
 int localOpen(const char *config, std::uint32_t rank, const std::uint8_t wire[32], s3_dev *dev, const s3_device *device, s3_net **out) {
   try {
     const MeshConfig c = MeshConfig::read(config);
-    auto local = std::make_unique<Local>(Local{Mesh(c, rank, dev, device), nullptr, {}});
+    auto local = std::make_unique<Local>(c, rank, dev, device);
     std::copy(wire, wire + 32, local->wire.begin());
     Hubs &all = hubs();
     const std::lock_guard lock(all.mutex);
@@ -92,7 +94,7 @@ int localBind(s3_net *net, const s3_key *key) { return of(net).mesh.bind(*key); 
 
 int localStart(s3_net *net) {
   Local &self = of(net);
-  Mesh &mesh = self.mesh;
+  HostMesh &mesh = self.mesh;
   Hub &hub = *self.hub;
   std::unique_lock lock(hub.mutex);
   hub.arrived++;
@@ -109,16 +111,18 @@ int localStart(s3_net *net) {
       if (q.key.memory.bytes != p.key.memory.bytes)
         return mesh.refuse(exit_peer, say("key ", p.key.key, ": rank ", mesh.config.name(mesh.rank), " sends ", p.key.memory.bytes, " bytes, rank ",
                                           mesh.config.name(p.key.peer), " expects ", q.key.memory.bytes, " (contract K3)"));
-      p.remote = q.memory;
+      p.remote = {reinterpret_cast<std::uint64_t>(q.memory), 0, q.key.memory.bytes};
     }
   }
   return mesh.ready();
 }
 
 int localAgree(s3_net *net, const s3_wish *mine, s3_round *out, std::uint32_t ms) { return of(net).mesh.agree(*mine, *out, ms); }
-int localPost(s3_net *net, const s3_exchange *x, s3_event after) { return of(net).mesh.post(*x, after); }
-int localAwait(s3_net *net, const s3_exchange *x, s3_queue *, std::uint32_t ms) { return of(net).mesh.await(*x, ms); }
-int localAccept(s3_net *net, const s3_exchange *x, std::uint32_t from, s3_queue *, std::uint32_t ms) { return of(net).mesh.accept(*x, from, ms); }
+int localPost(s3_net *net, const s3_exchange *x, const s3_head *head, s3_event after) { return of(net).mesh.post(*x, *head, after); }
+int localAwait(s3_net *net, const s3_exchange *x, s3_queue *queue, std::uint32_t ms) { return of(net).mesh.await(*x, queue, ms); }
+int localAccept(s3_net *net, const s3_exchange *x, std::uint32_t from, s3_queue *queue, std::uint32_t ms) {
+  return of(net).mesh.accept(*x, from, queue, ms);
+}
 int localReply(s3_net *net, const s3_exchange *x, std::uint32_t to, s3_event after) { return of(net).mesh.reply(*x, to, after); }
 
 void localClose(s3_net *net, const char *why) {
@@ -142,7 +146,7 @@ const char *localError(s3_net *net) { return net ? of(net).mesh.why.c_str() : op
 
 const s3_transport *localTransport() {
   static const s3_transport table = {S3_ABI,     0,           localOpen,   localBind,  localStart, localAgree,
-                                     localPost,  localAwait,  localAccept, localReply, localClose, localError};
+                                     localPost,  localAwait,  localAccept, localReply, localClose, localError, nullptr};
   return &table;
 }
 

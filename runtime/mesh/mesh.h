@@ -8,5 +8,7 @@ namespace s3 {
 const s3_transport *localTransport();
 /// one host, a process for every rank
 const s3_transport *shmTransport();
+/// the same, for devices that copy into each other's memory
+const s3_transport *cudaTransport();
 
 }  // namespace s3

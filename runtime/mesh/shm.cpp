@@ -1,6 +1,7 @@
-// One host, a process for every rank. Ranks find each other through abstract Unix sockets named after the session, compare hashes, and pass
-// each other descriptors of anonymous memory. Nothing has a name in a file system, so nothing is left behind however a process ends; and the end
-// of a process closes its sockets, which is how its peers learn of it.
+// One host, a process for every rank, in two ways: `shm`, whose messages go through the host's memory, and `cuda`, for devices that copy into each
+// other's. Ranks find each other through abstract Unix sockets named after the session, compare hashes, and pass each other descriptors of
+// anonymous memory, or what their devices say of theirs. Nothing has a name in a file system, so nothing is left behind however a process ends; and
+// the end of a process closes its sockets, which is how its peers learn of it.
 #include <fcntl.h>
 #include <poll.h>
 #include <sys/eventfd.h>
@@ -10,6 +11,7 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <chrono>
 #include <cstring>
@@ -21,7 +23,8 @@
 
 #include "../bundle.h"
 #include "../error.h"
-#include "board.h"
+#include "direct.h"
+#include "host.h"
 #include "mesh.h"
 
 namespace s3 {
@@ -30,24 +33,36 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 constexpr std::size_t max_fds = 8;
-constexpr char protocol[8] = {'s', '3', 's', 'h', 'm', '0', '0', '1'};
+constexpr char protocol[8] = {'s', '3', 's', 'h', 'm', '0', '0', '2'};
 
 enum class Kind : std::uint32_t { hello = 1, memory = 2, bye = 3, fail = 4 };
 
-/// Every message; `text` only in `fail`.
+/// How a rank's messages travel.
+enum class Way : std::uint32_t { host = 0, direct = 1, unable = 2 };  // unable: it should be direct, but the device cannot
+
+/// What a device says of memory that it shares. Of the host's memory: an s3_share, whose descriptor is the number among those sent along.
+struct Token {
+  std::uint32_t bytes;
+  std::uint8_t data[S3_TOKEN];
+};
+
+/// Every message; `text` only in `fail`, `flags` in `memory` of a direct rank.
 struct Message {
   char protocol[8];
   Kind kind;
   std::uint32_t abi, rank, attention, ffn, schedules;
+  Way way;
   std::uint64_t board_bytes, offers;
   std::uint8_t wire[32];
+  Token flags;
   char text[1024];
 };
 
 /// A receive slot that a rank offers to a peer: it follows the lines of the rank's board.
 struct Offer {
-  std::uint64_t key, off, bytes;
-  std::uint32_t schedule, slot, peer, fd;
+  std::uint64_t key, bytes;
+  std::uint32_t schedule, slot, peer;
+  Token place;
 };
 
 struct Mapping {
@@ -64,10 +79,14 @@ struct Peer {
 };
 
 struct Shm {
-  Mesh mesh;
+  const std::unique_ptr<Mesh> owned;
+  Mesh &mesh;
+  DirectMesh *const direct;  // null: messages go through the host's memory
+  const char *const name;    // of the transport
   s3_dev *dev;
   const s3_device *device;
   std::uint8_t wire[32];
+  Token flags{};
   int listener = -1, board_fd = -1, stop = -1;
   Mapping own;
   std::vector<int> fds;  // of our receive slots; the device's, or duplicates
@@ -79,8 +98,9 @@ struct Shm {
   std::string failure;  // under the mutex
   std::atomic<bool> failed{false};
 
-  Shm(MeshConfig c, std::uint32_t rank, const std::uint8_t w[32], s3_dev *d, const s3_device *table)
-      : mesh(std::move(c), rank, d, table), dev(d), device(table), peers(mesh.config.ranks()) {
+  Shm(std::unique_ptr<Mesh> m, bool queues, const std::uint8_t w[32], s3_dev *d, const s3_device *table)
+      : owned(std::move(m)), mesh(*owned), direct(queues ? static_cast<DirectMesh *>(owned.get()) : nullptr),
+        name(queues ? "transport cuda: " : "transport shm: "), dev(d), device(table), peers(mesh.config.ranks()) {
     std::memcpy(wire, w, 32);
   }
   ~Shm();
@@ -97,7 +117,13 @@ struct Shm {
   void hear(std::uint32_t rank);
   void check(const Message &m, std::uint32_t rank);
   void map(std::uint32_t rank, const Message &m, std::vector<int> &got);
+  Token share(s3_span memory);
+  s3_span find(std::uint32_t rank, const Token &place, std::uint64_t bytes);
+  Way way() const { return !direct ? Way::host : device->caps & S3_DEVICE_DIRECT ? Way::direct : Way::unable; }
   void watch();
+  std::string unable(std::uint32_t rank) const {
+    return say("the device of rank ", mesh.config.name(rank), " does not exchange through its own memory; use --transport shm");
+  }
   std::string who(std::uint32_t rank) const { return say("rank ", mesh.config.name(rank), " (process ", peers[rank].pid, ")"); }
   friend void send(Shm &, int, Kind, const std::string &, const std::vector<int> &);
 };
@@ -123,6 +149,8 @@ void send(Shm &s, int fd, Kind kind, const std::string &text, const std::vector<
   m.attention = s.mesh.config.attention;
   m.ffn = s.mesh.config.ffn;
   m.schedules = static_cast<std::uint32_t>(s.mesh.config.slots.size());
+  m.way = s.way();
+  m.flags = s.flags;
   m.board_bytes = Board::bytes(s.mesh.config);
   m.offers = s.offers.size();
   std::memcpy(m.wire, s.wire, 32);
@@ -179,28 +207,59 @@ bool Shm::receive(int fd, Message &m, std::vector<int> &got, std::string &why) {
   return false;
 }
 
-/// Memory of our receive slots, and the board with the table of them.
-void Shm::offer() {
-  std::map<int, std::uint32_t> known;
-  for (const Pairing &p : mesh.pairings) {
-    if (p.key.outgoing) continue;
-    s3_share token{};
-    std::uint32_t bytes = sizeof token;
-    if (device->share(dev, p.key.memory, &token, &bytes) != 0 || bytes != sizeof token)
-      fail(exit_input, "transport shm: the device cannot share its memory with other processes; choose another transport");
-    const auto [at, fresh] = known.emplace(token.fd, fds.size());
-    if (fresh) fds.push_back(token.fd);
-    if (fds.size() + 1 > max_fds) fail(exit_internal, "transport shm: receive slots in too many pieces of memory");
-    offers.push_back({p.key.key, token.off, p.key.memory.bytes, p.key.schedule, p.key.slot, p.key.peer, at->second});
+/// What the device says of memory of ours.
+Token Shm::share(s3_span memory) {
+  Token token{sizeof token.data, {}};
+  if (device->share(dev, memory, token.data, &token.bytes) != 0)
+    fail(exit_input, name, "the device cannot share its memory with other processes (", device->error(dev), "); choose another transport");
+  if (direct) return token;
+  s3_share host{};
+  if (token.bytes != sizeof host) fail(exit_internal, name, "the device shares memory that the host cannot map");
+  std::memcpy(&host, token.data, sizeof host);
+  const auto at = std::find(fds.begin(), fds.end(), host.fd);
+  if (at == fds.end() && fds.size() + 2 > max_fds) fail(exit_internal, name, "receive slots in too many pieces of memory");
+  const auto n = at - fds.begin();
+  if (at == fds.end()) fds.push_back(host.fd);
+  host.fd = static_cast<std::int32_t>(n);
+  std::memcpy(token.data, &host, sizeof host);
+  return token;
+}
+
+/// Memory of a peer, as we address it.
+s3_span Shm::find(std::uint32_t rank, const Token &place, std::uint64_t bytes) {
+  if (place.bytes > sizeof place.data) fail(exit_peer, name, who(rank), ": its memory is not described");
+  if (direct) {
+    s3_span found{};
+    const bool here = peers[rank].pid == ::getpid();
+    if (const int code = device->map(dev, place.data, place.bytes, here, &found)) fail(code, name, who(rank), ": ", device->error(dev));
+    if (found.bytes != bytes) fail(exit_peer, name, who(rank), ": it offers ", found.bytes, " bytes where ", bytes, " were expected");
+    return found;
   }
+  s3_share at{};
+  std::memcpy(&at, place.data, sizeof at);
+  const auto &mappings = peers[rank].mappings;  // the board is the first
+  const std::size_t n = static_cast<std::size_t>(at.fd) + 1;
+  if (at.fd < 0 || n >= mappings.size() || at.off > mappings[n].bytes || bytes > mappings[n].bytes - at.off)
+    fail(exit_peer, name, who(rank), ": a receive slot lies outside its memory");
+  return {reinterpret_cast<std::uint64_t>(mappings[n].memory), at.off, bytes};
+}
+
+/// Memory of our receive slots, and the board with the table of them. A device that cannot offers nothing, and is refused when ranks meet.
+void Shm::offer() {
+  if (way() == Way::direct) {
+    if (const int code = direct->prepare()) throw Failure(code, mesh.why);
+    flags = share(direct->flags);
+  }
+  for (const Pairing &p : mesh.pairings)
+    if (!p.key.outgoing && way() != Way::unable) offers.push_back({p.key.key, p.key.memory.bytes, p.key.schedule, p.key.slot, p.key.peer, share(p.key.memory)});
   const std::uint64_t lines = Board::bytes(mesh.config);
   own.bytes = lines + offers.size() * sizeof(Offer);
   board_fd = ::memfd_create("step3c-board", MFD_CLOEXEC | MFD_ALLOW_SEALING);
   if (board_fd < 0 || ::ftruncate(board_fd, static_cast<off_t>(own.bytes)) != 0)
-    fail(exit_internal, "transport shm: no shared memory (", std::strerror(errno), ")");
+    fail(exit_internal, name, "no shared memory (", std::strerror(errno), ")");
   ::fcntl(board_fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL);
   void *memory = ::mmap(nullptr, own.bytes, PROT_READ | PROT_WRITE, MAP_SHARED, board_fd, 0);
-  if (memory == MAP_FAILED) fail(exit_internal, "transport shm: shared memory cannot be mapped (", std::strerror(errno), ")");
+  if (memory == MAP_FAILED) fail(exit_internal, name, "shared memory cannot be mapped (", std::strerror(errno), ")");
   own.memory = static_cast<std::uint8_t *>(memory);
   auto *board = new (memory) Board();
   for (std::size_t i = 0; i < (lines - sizeof(Board)) / sizeof(Line); i++) new (board->lines() + i) Line();
@@ -210,16 +269,16 @@ void Shm::offer() {
 
 void Shm::listen() {
   listener = ::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-  if (listener < 0) fail(exit_internal, "transport shm: no socket (", std::strerror(errno), ")");
+  if (listener < 0) fail(exit_internal, name, "no socket (", std::strerror(errno), ")");
   socklen_t length = 0;
   const sockaddr_un a = address(mesh.config.session, mesh.rank, length);
   if (::bind(listener, reinterpret_cast<const sockaddr *>(&a), length) != 0) {
     if (errno == EADDRINUSE)
-      fail(exit_peer, "transport shm: session '", mesh.config.session, "' already has a rank ", mesh.config.name(mesh.rank),
+      fail(exit_peer, name, "session '", mesh.config.session, "' already has a rank ", mesh.config.name(mesh.rank),
            " on this host; choose another --session");
-    fail(exit_internal, "transport shm: the socket cannot be named (", std::strerror(errno), ")");
+    fail(exit_internal, name, "the socket cannot be named (", std::strerror(errno), ")");
   }
-  if (::listen(listener, 128) != 0) fail(exit_internal, "transport shm: cannot listen (", std::strerror(errno), ")");
+  if (::listen(listener, 128) != 0) fail(exit_internal, name, "cannot listen (", std::strerror(errno), ")");
 }
 
 void Shm::introduce(std::uint32_t rank) { send(*this, peers[rank].fd, Kind::hello, {}, {}); }
@@ -239,12 +298,17 @@ void Shm::check(const Message &m, std::uint32_t rank) {
               "; both sides need bundles of the same model, precision and ranks");
   else if (m.abi != S3_ABI)
     why = say("rank ", c.name(mesh.rank), " speaks abi ", S3_ABI, ", rank ", c.name(rank), " abi ", m.abi, "; build both from the same version");
+  else if (way() == Way::unable || m.way == Way::unable)
+    why = unable(way() == Way::unable ? mesh.rank : rank);
+  else if (m.way != way())
+    why = say("rank ", c.name(mesh.rank), " runs with --transport ", direct ? "cuda" : "shm", ", rank ", c.name(rank), " with --transport ",
+              direct ? "shm" : "cuda", "; give all ranks the same");
   else if (m.attention != c.attention || m.ffn != c.ffn || m.schedules != c.slots.size() || m.board_bytes != Board::bytes(c))
     why = say("rank ", c.name(mesh.rank), " has ", c.attention, "A", c.ffn, "F and ", c.slots.size(), " schedules, rank ", c.name(rank), " has ",
               m.attention, "A", m.ffn, "F and ", m.schedules, ", or their slots differ");
   if (why.empty()) return;
   send(*this, peers[rank].fd, Kind::fail, why, {});
-  fail(exit_peer, "transport shm: ", why);
+  fail(exit_peer, name, why);
 }
 
 /// Maps what a peer lends, and finds there the receive slot of everything that we send to it.
@@ -268,7 +332,7 @@ void Shm::map(std::uint32_t rank, const Message &m, std::vector<int> &got) {
   }
   for (const int fd : got) ::close(fd);
   got.clear();
-  if (!why.empty()) fail(exit_peer, "transport shm: ", who(rank), ": ", why);
+  if (!why.empty()) fail(exit_peer, name, who(rank), ": ", why);
   peer.board = reinterpret_cast<Board *>(peer.mappings[0].memory);
   mesh.boards[rank] = peer.board;
   std::vector<Offer> table(m.offers);
@@ -282,12 +346,11 @@ void Shm::map(std::uint32_t rank, const Message &m, std::vector<int> &got) {
     if (found == byKey.end()) continue;  // Mesh::ready names it
     const Offer &o = *found->second;
     if (o.bytes != p.key.memory.bytes)
-      fail(exit_peer, "transport shm: key ", p.key.key, " of slot ", p.key.slot, ": rank ", mesh.config.name(mesh.rank), " sends ", p.key.memory.bytes,
+      fail(exit_peer, name, "key ", p.key.key, " of slot ", p.key.slot, ": rank ", mesh.config.name(mesh.rank), " sends ", p.key.memory.bytes,
            " bytes, rank ", mesh.config.name(rank), " expects ", o.bytes, " (contract K3)");
-    if (o.fd + 1 >= peer.mappings.size() || o.off > peer.mappings[o.fd + 1].bytes || o.bytes > peer.mappings[o.fd + 1].bytes - o.off)
-      fail(exit_peer, "transport shm: ", who(rank), ": the receive slot of key ", p.key.key, " lies outside its memory");
-    p.remote = peer.mappings[o.fd + 1].memory + o.off;
+    p.remote = find(rank, o.place, o.bytes);
   }
+  if (direct && (rank < mesh.config.attention) != (mesh.rank < mesh.config.attention)) direct->remote[rank] = find(rank, m.flags, direct->flags.bytes);
   peer.mapped = true;
 }
 
@@ -298,10 +361,10 @@ void Shm::hear(std::uint32_t rank) {
   std::string why;
   if (!receive(peers[rank].fd, m, got, why)) {
     for (const int fd : got) ::close(fd);
-    fail(exit_peer, "transport shm: ", who(rank), why.empty() ? " ended before the first round" : ": " + why);
+    fail(exit_peer, name, who(rank), why.empty() ? " ended before the first round" : ": " + why);
   }
-  if (m.kind == Kind::fail) fail(exit_peer, m.text[0] ? std::string("transport shm: ") + m.text : who(rank) + " failed");
-  if (m.kind == Kind::bye) fail(exit_peer, "transport shm: ", who(rank), " left before the first round");
+  if (m.kind == Kind::fail) fail(exit_peer, m.text[0] ? std::string(name) + m.text : who(rank) + " failed");
+  if (m.kind == Kind::bye) fail(exit_peer, name, who(rank), " left before the first round");
   if (m.kind == Kind::hello && !peers[rank].greeted) {
     check(m, rank);
     peers[rank].greeted = true;
@@ -310,7 +373,7 @@ void Shm::hear(std::uint32_t rank) {
     map(rank, m, got);
   } else {
     for (const int fd : got) ::close(fd);
-    fail(exit_peer, "transport shm: ", who(rank), " said something out of turn");
+    fail(exit_peer, name, who(rank), " said something out of turn");
   }
 }
 
@@ -333,7 +396,7 @@ void Shm::meet() {
       Peer &peer = peers[r];
       if (peer.fd < 0 && r < mesh.rank) {
         const int fd = ::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
-        if (fd < 0) fail(exit_internal, "transport shm: no socket (", std::strerror(errno), ")");
+        if (fd < 0) fail(exit_internal, name, "no socket (", std::strerror(errno), ")");
         socklen_t length = 0;
         const sockaddr_un a = address(mesh.config.session, r, length);
         if (::connect(fd, reinterpret_cast<const sockaddr *>(&a), length) != 0) {
@@ -341,7 +404,7 @@ void Shm::meet() {
           knocking = true;
         } else if (const pid_t pid = credentials(fd); pid < 0) {
           ::close(fd);
-          fail(exit_peer, "transport shm: rank ", mesh.config.name(r), " of session '", mesh.config.session,
+          fail(exit_peer, name, "rank ", mesh.config.name(r), " of session '", mesh.config.session,
                "' belongs to another user; choose another --session");
         } else {
           peer.fd = fd;
@@ -356,7 +419,7 @@ void Shm::meet() {
     }
     if (all) return;
     if (Clock::now() > deadline)
-      fail(exit_peer, "transport shm: rank ", mesh.config.name(mesh.rank), " waited ", mesh.config.timeout_ms / 1000.0, " s for rank ",
+      fail(exit_peer, name, "rank ", mesh.config.name(mesh.rank), " waited ", mesh.config.timeout_ms / 1000.0, " s for rank ",
            missing.empty() ? "s that had connected" : missing, " of session '", mesh.config.session, "'; start it with the same --session");
 
     std::vector<pollfd> list = {{listener, POLLIN, 0}};
@@ -369,7 +432,7 @@ void Shm::meet() {
     const std::size_t known = list.size();
     for (const int fd : strangers) list.push_back({fd, POLLIN, 0});
     const int ready = ::poll(list.data(), list.size(), knocking ? 10 : 100);
-    if (ready < 0 && errno == EINTR) fail(exit_peer, "transport shm: interrupted while waiting for the other ranks");
+    if (ready < 0 && errno == EINTR) fail(exit_peer, name, "interrupted while waiting for the other ranks");
     if (ready <= 0) continue;
     for (std::size_t i = 1; i < known; i++)
       if (list[i].revents) hear(ranks[i]);
@@ -450,6 +513,7 @@ int Shm::start() {
     offer();
     listen();
     meet();
+    if (way() == Way::unable) fail(exit_input, name, unable(mesh.rank));
     ::close(listener);
     listener = -1;
     for (const int fd : strangers) ::close(fd);
@@ -461,7 +525,7 @@ int Shm::start() {
       return failure;
     };
     stop = ::eventfd(0, EFD_CLOEXEC);
-    if (stop < 0) fail(exit_internal, "transport shm: no eventfd (", std::strerror(errno), ")");
+    if (stop < 0) fail(exit_internal, name, "no eventfd (", std::strerror(errno), ")");
     monitor = std::thread([this] { watch(); });
     return 0;
   } catch (const Failure &e) {
@@ -488,7 +552,7 @@ Shm::~Shm() {
   if (own.memory) ::munmap(own.memory, own.bytes);
 }
 
-int shmOpen(const char *config, std::uint32_t rank, const std::uint8_t wire[32], s3_dev *dev, const s3_device *device, s3_net **out) {
+int open(bool direct, const char *config, std::uint32_t rank, const std::uint8_t wire[32], s3_dev *dev, const s3_device *device, s3_net **out) {
   try {
     MeshConfig c = MeshConfig::read(config);
     if (c.session.empty() || c.session.size() > 60) fail(exit_usage, "--session needs a name of 1 to 60 characters");
@@ -496,7 +560,10 @@ int shmOpen(const char *config, std::uint32_t rank, const std::uint8_t wire[32],
       if (!std::isalnum(static_cast<unsigned char>(ch)) && ch != '-' && ch != '_' && ch != '.')
         fail(exit_usage, "--session '", c.session, "': use letters, digits, - _ and .");
     if (rank >= c.ranks()) fail(exit_internal, "rank ", rank, " of ", c.ranks());
-    *out = reinterpret_cast<s3_net *>(std::make_unique<Shm>(std::move(c), rank, wire, dev, device).release());
+    std::unique_ptr<Mesh> mesh;
+    if (direct) mesh = std::make_unique<DirectMesh>(std::move(c), rank, dev, device);
+    else mesh = std::make_unique<HostMesh>(std::move(c), rank, dev, device);
+    *out = reinterpret_cast<s3_net *>(std::make_unique<Shm>(std::move(mesh), direct, wire, dev, device).release());
     return 0;
   } catch (const Failure &e) {
     open_error = e.what();
@@ -506,26 +573,41 @@ int shmOpen(const char *config, std::uint32_t rank, const std::uint8_t wire[32],
     return exit_internal;
   }
 }
-int shmBind(s3_net *net, const s3_key *key) { return of(net).mesh.bind(*key); }
-int shmStart(s3_net *net) { return of(net).start(); }
-int shmAgree(s3_net *net, const s3_wish *mine, s3_round *out, std::uint32_t ms) { return of(net).mesh.agree(*mine, *out, ms); }
-int shmPost(s3_net *net, const s3_exchange *x, s3_event after) { return of(net).mesh.post(*x, after); }
-int shmAwait(s3_net *net, const s3_exchange *x, s3_queue *, std::uint32_t ms) { return of(net).mesh.await(*x, ms); }
-int shmAccept(s3_net *net, const s3_exchange *x, std::uint32_t from, s3_queue *, std::uint32_t ms) { return of(net).mesh.accept(*x, from, ms); }
-int shmReply(s3_net *net, const s3_exchange *x, std::uint32_t to, s3_event after) { return of(net).mesh.reply(*x, to, after); }
+int shmOpen(const char *config, std::uint32_t rank, const std::uint8_t wire[32], s3_dev *dev, const s3_device *device, s3_net **out) {
+  return open(false, config, rank, wire, dev, device, out);
+}
+int cudaOpen(const char *config, std::uint32_t rank, const std::uint8_t wire[32], s3_dev *dev, const s3_device *device, s3_net **out) {
+  return open(true, config, rank, wire, dev, device, out);
+}
+int netBind(s3_net *net, const s3_key *key) { return of(net).mesh.bind(*key); }
+int netStart(s3_net *net) { return of(net).start(); }
+int netAgree(s3_net *net, const s3_wish *mine, s3_round *out, std::uint32_t ms) { return of(net).mesh.agree(*mine, *out, ms); }
+int netPost(s3_net *net, const s3_exchange *x, const s3_head *head, s3_event after) { return of(net).mesh.post(*x, *head, after); }
+int netAwait(s3_net *net, const s3_exchange *x, s3_queue *queue, std::uint32_t ms) { return of(net).mesh.await(*x, queue, ms); }
+int netAccept(s3_net *net, const s3_exchange *x, std::uint32_t from, s3_queue *queue, std::uint32_t ms) {
+  return of(net).mesh.accept(*x, from, queue, ms);
+}
+int netReply(s3_net *net, const s3_exchange *x, std::uint32_t to, s3_event after) { return of(net).mesh.reply(*x, to, after); }
+int netSettle(s3_net *net, s3_queue *queue, std::uint32_t ms) { return of(net).direct->settle(queue, ms); }
 
-void shmClose(s3_net *net, const char *why) {
+void netClose(s3_net *net, const char *why) {
   const std::unique_ptr<Shm> self(&of(net));
   for (const Peer &peer : self->peers)
     if (peer.fd >= 0) send(*self, peer.fd, why ? Kind::fail : Kind::bye, why ? why : "", {});
+  if (why && self->direct) self->direct->release();
 }
-const char *shmError(s3_net *net) { return net ? of(net).mesh.why.c_str() : open_error.c_str(); }
+const char *netError(s3_net *net) { return net ? of(net).mesh.why.c_str() : open_error.c_str(); }
 
 }  // namespace
 
 const s3_transport *shmTransport() {
-  static const s3_transport table = {S3_ABI,  0,        shmOpen,   shmBind,  shmStart, shmAgree,
-                                     shmPost, shmAwait, shmAccept, shmReply, shmClose, shmError};
+  static const s3_transport table = {S3_ABI,  0,        shmOpen,   netBind,  netStart, netAgree, netPost,
+                                     netAwait, netAccept, netReply, netClose, netError, nullptr};
+  return &table;
+}
+const s3_transport *cudaTransport() {
+  static const s3_transport table = {S3_ABI,   S3_TRANSPORT_QUEUES, cudaOpen, netBind,  netStart, netAgree, netPost,
+                                     netAwait, netAccept,           netReply, netClose, netError, netSettle};
   return &table;
 }
 

@@ -9,6 +9,8 @@ export type Variant = "plain" | "address,undefined" | "thread";
 export interface Native {
   readonly runner: string;
   readonly program: string;
+  /** the same for the stand-in of an accelerator, with its driver */
+  readonly direct: string;
   readonly fuzz: string;
 }
 
@@ -40,6 +42,7 @@ export const buildRuntime = (variant: Variant): Native => {
   return {
     runner: join(directory, "runtime", "step3-run"),
     program: join(directory, "libprogram.so"),
+    direct: join(directory, "libdirect.so"),
     fuzz: join(directory, "fuzz"),
   };
 };

@@ -18,6 +18,9 @@ export interface Shape {
   /** changes the wire hash and nothing else */
   readonly source?: string;
   readonly seeded?: boolean;
+  /** of both sides, or of the FFN side alone */
+  readonly device?: string;
+  readonly ffnDevice?: string;
 }
 
 export const small: Shape = { attention: 1, ffn: 1, slots: 3, prefillRows: 4, decodeRows: 2, pages: 33, maxBatch: 6 };
@@ -254,10 +257,15 @@ export const makeBundle = (shape: Shape): Bundle => {
       {
         role: "attention",
         target: "test",
-        device: "cpp",
+        device: shape.device ?? "cpp",
         kernels: kernels(["embed", "route", "copy", "merge1", "merge2", "head", "stray"]),
       },
-      { role: "ffn", target: "test", device: "cpp", kernels: kernels(["experts", "dense", "stray"]) },
+      {
+        role: "ffn",
+        target: "test",
+        device: shape.ffnDevice ?? shape.device ?? "cpp",
+        kernels: kernels(["experts", "dense", "stray"]),
+      },
     ],
     schedules: schedules.map((s) => s.name),
     kv: { pageTokens, pages: shape.pages, pageBytes },
