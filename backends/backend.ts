@@ -20,7 +20,12 @@ export interface Backend {
   readonly kernels: readonly KernelTemplate[];
   /** page geometry of a KV cache, when this target runs attention */
   kv?(type: KvType): KvLayout;
-  /** the files of the program of one side, paths relative to programs/ROLE: sources and a CMakeLists.txt that builds the target `program` */
+  /**
+   * The files of the program of one side, paths relative to programs/ROLE: sources and a CMakeLists.txt that builds the target `program`.
+   * For `step3c bench` a program may have kernels (in, out) that do what the chip can at best: ceiling_launch nothing, ceiling_read (or
+   * _read_2, _read_3: the best counts) `rows` MiB of in, ceiling_f32, _bf16, _fp8, _int8 products, more with more rows; f64 out[0] is the
+   * work done, in bytes or operations. in has 1 MiB and more, of the dtype; out has room for 4096 f64. Scratch is 0.
+   */
   assemble(program: ProgramSource): ReadonlyMap<string, string>;
 }
 
@@ -55,6 +60,13 @@ export interface KernelPlan {
   readonly layouts?: Readonly<Record<number, Layout>>;
   /** one line for reports: `linear bf16 [T,256]x[256,1024]` */
   readonly about: string;
+  /** when the target's units keep sums or operands in fewer bits than the Graph says: by what part of the largest result one may be off, and why */
+  readonly inexact?: Inexact;
+}
+
+export interface Inexact {
+  readonly ofLargest: number;
+  readonly why: string;
 }
 
 /**
@@ -116,6 +128,7 @@ export {
   tokenSymbol,
   variableType,
 } from "./c_family.ts";
+export { type Producers, producersOf, recognise } from "./recognise.ts";
 export { dialect, scalarHeader, storage } from "./scalar.ts";
 export { compileTemplate, loadTemplate, loadText, sourceFile, type Template } from "./template.ts";
 export { tokenKernels } from "./tokens.ts";

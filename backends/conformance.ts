@@ -3,15 +3,22 @@
  * for the target's programs, whether the numbers are those of the interpreter. `step3c backend check` prints the report.
  */
 
-import { evalDim } from "../ir/dim.ts";
 import { type Case, sampleCase } from "../ir/draw.ts";
-import { evaluate, kvState } from "../ir/evaluate.ts";
-import type { Op, Value } from "../ir/graph.ts";
+import type { Op } from "../ir/graph.ts";
 import { allKnowledge, knowledge } from "../ir/ops/index.ts";
-import { decode, encode, powerOfTwo } from "../ir/round.ts";
 import type { Tensor } from "../ir/tensor.ts";
-import { type DType, dtypeBytes, isFloat, type KvType, type TensorType, typeText } from "../ir/type.ts";
-import type { Backend, KernelPlan, KvLayout, RenderedKernel, Target } from "./backend.ts";
+import { type KvType, typeText } from "../ir/type.ts";
+import type { Backend, RenderedKernel, Target } from "./backend.ts";
+import {
+  CaseMemory,
+  type CaseStep,
+  caseFile,
+  errorOf,
+  inexactOf,
+  type KernelCase,
+  type KernelLaunch,
+  referenceOf,
+} from "./kernel_cases.ts";
 
 /** What runs a target's programs: native code beside the test, a simulator, a machine far away. */
 export interface KernelRunner {
@@ -24,14 +31,6 @@ export interface KernelProgram {
   readonly variants: readonly string[];
   /** runs launches one by one; gives the bytes of the arguments that each wrote */
   run(variant: string, launches: readonly KernelLaunch[]): readonly (readonly Uint8Array[])[];
-}
-
-export interface KernelLaunch {
-  readonly kernel: string;
-  /** token rows of the one segment */
-  readonly rows: number;
-  /** read: bytes given; written: a size in bytes; both: bytes given and wanted back */
-  readonly args: readonly ({ readonly read: Uint8Array } | { readonly written: number } | { readonly both: Uint8Array })[];
 }
 
 export interface SampleResult {
@@ -59,17 +58,12 @@ export interface Report {
 /** Ops that move values between ranks: the schedule does them, not kernels. */
 const exchanges: readonly string[] = ["dispatch", "collect"];
 
-interface Step {
-  readonly op: Op;
-  readonly plan: KernelPlan;
-  readonly kernel: RenderedKernel;
-}
-interface Prepared {
+/** A sample for which the backend has kernels. */
+interface Prepared extends KernelCase {
   readonly op: string;
   readonly sample: string;
-  readonly given: Case;
-  readonly kv: KvLayout | undefined;
-  readonly steps: readonly Step[];
+  /** of the op itself, not of what fills or reads its cache */
+  readonly kernel: string;
 }
 
 /** Puts every sample to a backend. `only` restricts the ops. */
@@ -128,7 +122,7 @@ const prepare = (
   const types = [...given.graph.states, ...given.graph.ops.flatMap((o) => [...o.inputs, ...o.outputs])].map((v) => v.type);
   const foreign = types.find((t) => !backend.dtypes.includes(t.dtype));
   if (foreign) return { op, sample, status: "declined", why: `the backend has no ${foreign.dtype}` };
-  const steps: Step[] = [];
+  const steps: CaseStep[] = [];
   try {
     const state = given.graph.states[0]?.type as KvType | undefined;
     const kv = state && backend.kv?.(state);
@@ -148,23 +142,25 @@ const prepare = (
       }
       steps.push(found);
     }
-    return { op, sample, given, kv, steps };
+    const kernel = (steps.find((s) => s.op.kind === op) as CaseStep).kernel;
+    return { name: `${op} '${sample}' (${kernel})`, op, sample, kernel, given, kv, steps };
   } catch (error) {
     return { op, sample, status: "broken", why: (error as Error).message };
   }
 };
 
-const chooseKernel = (backend: Backend, op: Op, target: Target, texts: Map<string, RenderedKernel>): Step | undefined => {
+const chooseKernel = (backend: Backend, op: Op, target: Target, texts: Map<string, RenderedKernel>): CaseStep | undefined => {
   for (const template of backend.kernels) {
     const plan = template.match(op, target);
     if (!plan) continue;
     const text = template.render(plan.context, "KERNEL");
     const known = texts.get(text);
-    if (known) return { op, plan, kernel: known };
+    const layouts = plan.layouts ?? {};
+    if (known) return { op, kernel: known.name, layouts, inexact: plan.inexact };
     const name = `k${texts.size}_${op.kind}`;
     const kernel = { name, about: plan.about, text: template.render(plan.context, name), scratch: plan.scratch };
     texts.set(text, kernel);
-    return { op, plan, kernel };
+    return { op, kernel: name, layouts, inexact: plan.inexact };
   }
   return undefined;
 };
@@ -182,139 +178,19 @@ const matched = (p: Prepared): SampleResult => ({
   op: p.op,
   sample: p.sample,
   status: "matched",
-  kernel: (p.steps.find((s) => s.op.kind === p.op) as Step).kernel.name,
+  kernel: p.kernel,
 });
-
-/** Bytes of a value in memory: row-major, or packed as the plan wants it. */
-const bytesOf = (tensor: Tensor, step: Step, input: number): Uint8Array => {
-  const bytes = encode(tensor.dtype, tensor.data);
-  const layout = step.plan.layouts?.[input];
-  if (!layout) return bytes;
-  const columns = tensor.shape.at(-1) ?? 1;
-  const rows = tensor.shape.at(-2) ?? 1;
-  const matrix = rows * columns * dtypeBytes(tensor.dtype);
-  const packed = layout.bytes(rows, columns, tensor.dtype);
-  const matrices = matrix === 0 ? 0 : bytes.length / matrix;
-  const out = new Uint8Array(packed * matrices);
-  for (let i = 0; i < matrices; i++)
-    out.set(layout.pack({ bytes: bytes.subarray(i * matrix, (i + 1) * matrix), dtype: tensor.dtype, rows, columns }), i * packed);
-  return out;
-};
-
-/** Bytes of the file that runtime/selftest.cpp describes, front to back. */
-class CaseFile {
-  private readonly parts: Uint8Array[] = [];
-  u8(x: number): void {
-    this.parts.push(Uint8Array.of(x));
-  }
-  u32(x: number): void {
-    this.parts.push(new Uint8Array(Uint32Array.of(x).buffer));
-  }
-  u64(x: number): void {
-    this.parts.push(new Uint8Array(BigUint64Array.of(BigInt(x)).buffer));
-  }
-  text(s: string): void {
-    const bytes = new TextEncoder().encode(s);
-    this.u32(bytes.length);
-    this.parts.push(bytes);
-  }
-  bytes(b: Uint8Array): void {
-    this.parts.push(b);
-  }
-  doubles(x: Float64Array): void {
-    this.parts.push(new Uint8Array(x.buffer, x.byteOffset, x.byteLength));
-  }
-  done(): Uint8Array {
-    const all = new Uint8Array(this.parts.reduce((n, p) => n + p.length, 0));
-    let at = 0;
-    for (const p of this.parts) {
-      all.set(p, at);
-      at += p.length;
-    }
-    return all;
-  }
-}
-
-/** Cases for `step3-selftest`, which runs them where the target is. */
-const caseFile = (prepared: readonly Prepared[]): Uint8Array => {
-  const file = new CaseFile();
-  file.bytes(new TextEncoder().encode("S3KT0001"));
-  file.u32(prepared.length);
-  for (const p of prepared) {
-    file.text(`${p.op} '${p.sample}' (${(p.steps.find((s) => s.op.kind === p.op) as Step).kernel.name})`);
-    const memory = new Memory(p);
-    // a buffer for each value that is not packed, and one for each way in which a weight is
-    const buffers: { readonly kind: 0 | 1 | 2; readonly bytes: number; readonly given?: Uint8Array }[] = [];
-    const places = new Map<string, number>();
-    const launches = p.steps.map((step) => {
-      const { args, kernel, rows } = memory.launch(step);
-      const kv = (v: Value): boolean => v.type.kind === "kv";
-      const changes = step.op.outputs.some(kv);
-      const inputs = step.op.inputs.map((v, i) => ({ v, i })).filter(({ v }) => !changes || !kv(v));
-      const values = [
-        ...inputs.map(({ v, i }) => ({ v, key: step.plan.layouts?.[i] ? `${v.name} ${step.plan.layouts[i].name}` : v.name })),
-        ...step.op.inputs.filter((v) => changes && kv(v)).map((v) => ({ v, key: v.name })),
-        ...step.op.outputs.filter((v) => !kv(v)).map((v) => ({ v, key: v.name })),
-      ];
-      const places_ = values.map(({ v, key }, n) => {
-        const state = kv(v) ? (p.given.graph.states[0] as Value).name : key;
-        const known = places.get(state);
-        if (known !== undefined) return known;
-        const arg = args[n] as KernelLaunch["args"][number];
-        places.set(state, buffers.length);
-        if ("written" in arg) buffers.push({ kind: 1, bytes: arg.written });
-        else {
-          const given = "read" in arg ? arg.read : arg.both;
-          buffers.push({ kind: "read" in arg && !kv(v) ? 0 : 2, bytes: given.length, given });
-        }
-        return buffers.length - 1;
-      });
-      memory.keep(
-        step,
-        args.flatMap((a) => ("both" in a ? [a.both] : "written" in a ? [new Uint8Array(a.written)] : [])),
-      );
-      return { kernel, rows, args: places_ };
-    });
-    file.u32(buffers.length);
-    for (const b of buffers) {
-      file.u8(b.kind);
-      file.u64(b.bytes);
-      if (b.given) file.bytes(b.given);
-    }
-    file.u32(launches.length);
-    for (const l of launches) {
-      file.text(l.kernel);
-      file.u32(l.rows);
-      file.u32(l.args.length);
-      for (const a of l.args) file.u32(a);
-    }
-    const reference = referenceOf(p);
-    file.u32(p.given.graph.outputs.length);
-    for (const v of p.given.graph.outputs) {
-      const expected = reference.get(v.name) as Tensor;
-      file.u32(places.get(v.name) as number);
-      file.text(expected.dtype);
-      file.u64(expected.data.length);
-      file.doubles(expected.data);
-      file.doubles(Float64Array.from(expected.data, allowance(expected)));
-    }
-  }
-  return file.done();
-};
-
-const referenceOf = (p: Prepared): ReadonlyMap<string, Tensor> => {
-  const states = new Map(p.given.graph.states.map((s) => [s.name, kvState(p.kv?.pageTokens)]));
-  return evaluate(p.given.graph, p.given.inputs, undefined, states, p.given.symbols);
-};
 
 const runAll = (prepared: readonly Prepared[], program: KernelProgram): SampleResult[] => {
   const references = prepared.map(referenceOf);
   const errors = prepared.map((): Record<string, number> => ({}));
   for (const variant of program.variants) {
-    const memories = prepared.map((p) => new Memory(p));
+    const memories = prepared.map((p) => new CaseMemory(p));
     // the first ops of all cases together, then the second ones: few runs of the program
     for (let n = 0; n < Math.max(0, ...prepared.map((p) => p.steps.length)); n++) {
-      const now = prepared.flatMap((p, i) => p.steps.slice(n, n + 1).map((step) => ({ step, memory: memories[i] as Memory })));
+      const now = prepared.flatMap((p, i) =>
+        p.steps.slice(n, n + 1).map((step) => ({ step, memory: memories[i] as CaseMemory })),
+      );
       const written = program.run(
         variant,
         now.map(({ step, memory }) => memory.launch(step)),
@@ -325,102 +201,12 @@ const runAll = (prepared: readonly Prepared[], program: KernelProgram): SampleRe
     }
     prepared.forEach((p, i) => {
       const worst = p.given.graph.outputs.map((v) =>
-        errorOf(references[i]?.get(v.name) as Tensor, (memories[i] as Memory).read(v)),
+        errorOf(references[i]?.get(v.name) as Tensor, (memories[i] as CaseMemory).read(v), inexactOf(p)),
       );
       (errors[i] as Record<string, number>)[variant] = Math.max(...worst);
     });
   }
   return prepared.map((p, i) => ({ ...matched(p), errors: errors[i] as Record<string, number> }));
-};
-
-/** The values of one case, as bytes. */
-class Memory {
-  private readonly given: Prepared;
-  private readonly bytes: Map<string, Uint8Array> = new Map();
-
-  constructor(given: Prepared) {
-    this.given = given;
-    const most = Math.max(
-      0,
-      ...[...given.given.inputs.values()].filter((t) => t.dtype === "i32" && t.shape.length === 2).flatMap((t) => [...t.data]),
-    );
-    for (const s of given.given.graph.states) this.bytes.set(s.name, new Uint8Array((most + 1) * (given.kv?.pageBytes ?? 0)));
-  }
-
-  private sizeOf(v: Value): number {
-    const t = v.type as TensorType;
-    return t.shape.reduce<number>((n, d) => n * evalDim(d, this.given.given.symbols), dtypeBytes(t.dtype));
-  }
-
-  /** Arguments in the order of a schedule's launches: read, changed, written. */
-  launch(step: Step): KernelLaunch {
-    const changes = step.op.outputs.some((v) => v.type.kind === "kv");
-    const reads = step.op.inputs.flatMap((v, i) => {
-      if (changes && v.type.kind === "kv") return [];
-      const given = this.given.given.inputs.get(v.name);
-      return [{ read: given ? bytesOf(given, step, i) : (this.bytes.get(v.name) as Uint8Array) }];
-    });
-    const both = step.op.inputs
-      .filter((v) => changes && v.type.kind === "kv")
-      .map((v) => ({ both: this.bytes.get(v.name) as Uint8Array }));
-    const written = step.op.outputs.filter((v) => v.type.kind !== "kv").map((v) => ({ written: this.sizeOf(v) }));
-    return { kernel: step.kernel.name, rows: this.given.given.symbols.get("T") ?? 1, args: [...reads, ...both, ...written] };
-  }
-
-  keep(step: Step, written: readonly Uint8Array[]): void {
-    const outputs = [
-      ...step.op.outputs.filter((v) => v.type.kind === "kv"),
-      ...step.op.outputs.filter((v) => v.type.kind !== "kv"),
-    ];
-    outputs.forEach((v, i) => {
-      this.bytes.set(v.name, written[i] as Uint8Array);
-    });
-  }
-
-  read(v: Value): Float64Array {
-    return decode(v.type.dtype, this.bytes.get(v.name) as Uint8Array);
-  }
-}
-
-const stored: Readonly<Partial<Record<DType, { readonly bits: number; readonly least: number }>>> = {
-  bf16: { bits: 8, least: -133 },
-  f16: { bits: 11, least: -24 },
-  e4m3: { bits: 4, least: -9 },
-  e5m2: { bits: 3, least: -16 },
-};
-
-/** The distance of neighbours at |x| in a dtype of few bits. */
-const spacing = (dtype: DType, x: number): number => {
-  const format = stored[dtype];
-  if (format === undefined || !Number.isFinite(x)) return 0;
-  const exponent = x === 0 ? -1074 : Math.floor(Math.log2(Math.abs(x)));
-  return powerOfTwo(Math.max(format.least, exponent - (format.bits - 1)));
-};
-
-/**
- * The largest error of a tensor in units of what is allowed: at most 1 is right. Allowed are, for floats, 2^-17 of the element and 2^-19 of
- * the largest (sums in f32, in any order, and functions good to a few ulp), and one step to a neighbour in a dtype of fewer bits; for codes
- * of 8-bit integers one step; nothing for other integers and for NaN and infinity.
- */
-export const errorOf = (reference: Tensor, got: ArrayLike<number>): number => {
-  const { data } = reference;
-  if (got.length !== data.length) return Number.POSITIVE_INFINITY;
-  const allowed = allowance(reference);
-  let worst = 0;
-  for (let i = 0; i < data.length; i++) {
-    const [a, b] = [data[i] as number, got[i] as number];
-    if (a === b || (Number.isNaN(a) && Number.isNaN(b))) continue;
-    const error = Math.abs(a - b) / allowed(a);
-    worst = Math.max(worst, Number.isNaN(error) ? Number.POSITIVE_INFINITY : error);
-  }
-  return worst;
-};
-
-/** What an element of a tensor may differ by, given what it should be. */
-const allowance = ({ data, dtype }: Tensor): ((x: number) => number) => {
-  if (!isFloat(dtype)) return () => (dtype === "i8" || dtype === "u8" ? 1 : 0);
-  const largest = data.reduce((m, x) => (Number.isFinite(x) ? Math.max(m, Math.abs(x)) : m), 0);
-  return (x) => Math.abs(x) * 2 ** -17 + largest * 2 ** -19 + spacing(dtype, x);
 };
 
 /** The report for people: one line an op, then everything that is wrong or lacking. */

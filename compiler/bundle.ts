@@ -20,6 +20,7 @@ import { UserError } from "../ir/error.ts";
 export interface BundleWriter {
   readonly directory: string;
   text(path: string, content: string): void;
+  bytes(path: string, content: Uint8Array): void;
   json(path: string, value: unknown): void;
   /** a path inside the bundle whose folder exists, for a writer that streams; give its SHA-256 when the writer knows it */
   file(path: string): string;
@@ -42,14 +43,15 @@ export const createBundle = (out: string): BundleWriter => {
     mkdirSync(dirname(full), { recursive: true });
     return full;
   };
-  const text = (path: string, content: string): void => {
+  const write = (path: string, content: string | Uint8Array): void => {
     writeFileSync(place(path), content);
     digests.set(path, createHash("sha256").update(content).digest("hex"));
   };
   return {
     directory,
-    text,
-    json: (path, value) => text(path, `${JSON.stringify(value)}\n`),
+    text: write,
+    bytes: write,
+    json: (path, value) => write(path, `${JSON.stringify(value)}\n`),
     file: place,
     digest: (path, sha256) => digests.set(path, sha256),
     finish: () => {

@@ -1,4 +1,4 @@
-import type { Backend, KernelPlan, KvLayout, Layout, RenderedKernel, Target } from "../backends/backend.ts";
+import type { Backend, Inexact, KernelPlan, KvLayout, Layout, RenderedKernel, Target } from "../backends/backend.ts";
 import { UserError } from "../ir/error.ts";
 import type { Graph, Op, Place, Value, Weight } from "../ir/graph.ts";
 import { typeText } from "../ir/type.ts";
@@ -24,6 +24,7 @@ export interface Emission {
 
 export interface EmittedKernel extends RenderedKernel {
   readonly scratch: number;
+  readonly inexact: Inexact | undefined;
 }
 
 export const roleOf = (place: Place | undefined): Role => (place?.startsWith("ffn") ? "ffn" : "attention");
@@ -73,7 +74,13 @@ export const emit = (graph: Graph, sides: Readonly<Record<Role, Side>>, kv: KvLa
       continue;
     }
     const name = `k${kernels[role].length}_${op.kind === "fused" ? fusedName(op) : op.kind}`;
-    const kernel = { name, about: choice.plan.about, text: choice.render(name), scratch: choice.plan.scratch };
+    const kernel = {
+      name,
+      about: choice.plan.about,
+      text: choice.render(name),
+      scratch: choice.plan.scratch,
+      inexact: choice.plan.inexact,
+    };
     kernels[role].push(kernel);
     byText[role].set(choice.text, kernel);
     chosen.set(op, kernel);
@@ -182,8 +189,8 @@ const lackingError = (lacking: ReadonlyMap<string, string>): UserError => {
 /** `linear_add_cast`: the ops of a fused body, so that a profile can be read */
 const fusedName = (op: Op): string => {
   const kinds = [...new Set(op.body?.ops.map((o) => o.kind) ?? [])].filter((k) => k !== "const" && k !== "cast");
-  const main = kinds.filter((k) => k.includes("linear"));
-  return main.length > 0 ? `${main[0]}_fused` : `row_${kinds.slice(0, 3).join("_")}`;
+  const main = kinds.find((k) => k.includes("linear")) ?? kinds.find((k) => ["attention", "kv_append", "topk"].includes(k));
+  return main === undefined ? `row_${kinds.slice(0, 3).join("_")}` : `${main}_fused`;
 };
 
 /** Gives a weight that is stored in two ways a second name for the second way. */

@@ -9,9 +9,10 @@ import { dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { describe, expect, test } from "vitest";
 import type { Backend, KernelTemplate } from "../backends/backend.ts";
-import { checkBackend, errorOf, type KernelRunner, type SampleResult } from "../backends/conformance.ts";
+import { checkBackend, type KernelRunner, type SampleResult } from "../backends/conformance.ts";
 import { assemble } from "../backends/cpp/assemble.ts";
 import { rowKernel } from "../backends/cpp/rows.ts";
+import { errorOf } from "../backends/kernel_cases.ts";
 import { tokenKernels } from "../backends/tokens.ts";
 import {
   Builder,

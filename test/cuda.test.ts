@@ -1,0 +1,143 @@
+/**
+ * The CUDA backend without a GPU: everything is matched, joined kernels are what is asked for, and every emitted file compiles for each
+ * architecture where nvcc is. What the kernels compute is checked by `npm run test:gpu`.
+ */
+import { spawn, spawnSync } from "node:child_process";
+import { existsSync, mkdirSync, mkdtempSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { dirname, join } from "node:path";
+import { fileURLToPath } from "node:url";
+import { afterAll, beforeAll, describe, expect, test } from "vitest";
+import { checkBackend } from "../backends/conformance.ts";
+import cuda from "../backends/cuda/index.ts";
+import { compile, defaultOptions } from "../compiler/compile.ts";
+import { silent } from "../compiler/progress.ts";
+
+const sample = fileURLToPath(new URL("../samples/step3-tiny", import.meta.url));
+const nvcc = ["nvcc", "/usr/local/cuda/bin/nvcc"].find((name) => spawnSync(name, ["--version"]).status === 0);
+const root = mkdtempSync(join(tmpdir(), "step3c-cuda-"));
+afterAll(() => rmSync(root, { recursive: true }));
+
+describe("every sample of every op", () => {
+  for (const arch of cuda.arches)
+    test(`is matched for ${arch}`, () => {
+      const report = checkBackend(cuda, { arch });
+      expect(report.results.filter((r) => r.status !== "matched")).toEqual([]);
+      expect(report.lacking).toEqual([]);
+    });
+});
+
+const kernelsOf = async (precision: "bf16" | "fp8" | "int8"): Promise<string[]> => {
+  const printed = await compile(
+    sample,
+    { ...defaultOptions, attention: "cuda", ffn: "cuda", precision, kv: precision, weights: false, emit: "kernels" },
+    silent,
+  );
+  return [...printed.matchAll(/^\/\/ (?:attention|ffn) k\d+_\w+: (.*)$/gm)].map((m) => m[1] as string);
+};
+
+describe("kernels of the sample", () => {
+  test("the cache is written by one kernel, rotation and quantisation included", async () => {
+    for (const [precision, steps] of [
+      ["bf16", "k rotary, v"],
+      ["fp8", "k rotary quantise, v quantise"],
+      ["int8", "k rotary quantise, v quantise"],
+    ] as const) {
+      const appends = (await kernelsOf(precision)).filter((about) => about.includes("kv_append"));
+      expect(appends).toHaveLength(1);
+      expect(appends[0]).toContain(steps);
+    }
+  });
+
+  test("experts are chosen by one kernel", async () => {
+    expect((await kernelsOf("bf16")).filter((about) => /topk|max sub exp/.test(about))).toEqual([
+      "softmax and topk f32[T,8] -> f32[T,3], i32[T,3]",
+    ]);
+  });
+});
+
+describe.skipIf(nvcc === undefined)(`emitted files compile${nvcc === undefined ? " (no nvcc here: not checked)" : ""}`, () => {
+  const programs = new Map<string, Map<string, string>>();
+  beforeAll(() => {
+    const only = [
+      "linear",
+      "scaled_linear",
+      "scaled_grouped_linear",
+      "attention",
+      "kv_append",
+      "sample",
+      "topk",
+      "gather",
+      "rotary",
+      "softmax",
+    ];
+    for (const arch of cuda.arches)
+      checkBackend(cuda, { arch, only, pack: (files) => void programs.set(`samples of ops for ${arch}`, new Map(files)) });
+  });
+
+  /** Runs nvcc on files of a folder, two at a time; gives what it says of those that do not compile. */
+  const compileAll = async (folder: string, files: readonly string[], arch: string): Promise<string[]> => {
+    const left = [...files];
+    const faults: string[] = [];
+    const codes = arch === "sm_90a" ? "arch=compute_90a,code=sm_90a" : "arch=compute_80,code=sm_80";
+    const worker = async (): Promise<void> => {
+      for (let file = left.pop(); file !== undefined; file = left.pop()) {
+        const args = [
+          "-std=c++17",
+          "-O1",
+          `-gencode=${codes}`,
+          "-diag-suppress=177",
+          "-I.",
+          "-Idriver",
+          "-c",
+          file,
+          "-o",
+          `${file}.o`,
+        ];
+        const child = spawn(nvcc as string, args, { cwd: folder, stdio: ["ignore", "pipe", "pipe"] });
+        const said: string[] = [];
+        for (const stream of [child.stdout, child.stderr]) stream.on("data", (data: Buffer) => said.push(data.toString()));
+        const code = await new Promise((done) => child.on("close", done));
+        if (code !== 0 || said.length > 0) faults.push(`${file}: ${said.join("").slice(0, 2000)}`);
+      }
+    };
+    await Promise.all([worker(), worker()]);
+    return faults;
+  };
+
+  for (const arch of ["sm_90a", "sm_80"])
+    test(`the sample for ${arch}`, { timeout: 600_000 }, async () => {
+      const bundle = join(root, `${arch}.s3`);
+      const target = `cuda:${arch}`;
+      await compile(
+        sample,
+        { ...defaultOptions, attention: target, ffn: target, precision: "fp8", kv: "fp8", weights: false, out: bundle },
+        silent,
+      );
+      for (const role of ["attention", "ffn"]) {
+        const folder = join(bundle, "programs", role);
+        const list = spawnSync("find", [".", "-name", "*.cu"], { cwd: folder, encoding: "utf8" }).stdout.trim().split("\n");
+        expect(list.length).toBeGreaterThan(3);
+        expect(await compileAll(folder, list, arch)).toEqual([]);
+      }
+    });
+
+  test("the driver is plain C++", () => {
+    const files = programs.get("samples of ops for sm_80") as Map<string, string>;
+    const folder = join(root, "driver");
+    for (const [path, text] of files) {
+      mkdirSync(dirname(join(folder, path)), { recursive: true });
+      writeFileSync(join(folder, path), text);
+    }
+    const include = ["/usr/local/cuda/include", "/usr/include"].find((path) =>
+      existsSync(join(path, "cuda_runtime.h")),
+    ) as string;
+    const flags = ["-std=c++20", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", `-isystem${include}`, "-I.", "-Idriver"];
+    const { status, stderr } = spawnSync(process.env.CXX ?? "c++", [...flags, "driver/cuda.cpp"], {
+      cwd: folder,
+      encoding: "utf8",
+    });
+    expect(stderr).toBe("");
+    expect(status).toBe(0);
+  });
+});

@@ -1,0 +1,125 @@
+/**
+ * Packs what a machine with an NVIDIA GPU needs to check the CUDA backend, which needs nvcc and CMake there but no Node.js: every sample of every
+ * op for each architecture, and bundles with GPUs on both sides or on one, with what the C++ backend makes of the same prompts. Runs it here
+ * when there is a GPU.
+ *
+ *   npm run test:gpu [-- --out DIR] [-- --pack-only]
+ */
+import { spawnSync } from "node:child_process";
+import { copyFileSync, cpSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { dirname, join, resolve } from "node:path";
+import { checkBackend } from "../../backends/conformance.ts";
+import cuda from "../../backends/cuda/index.ts";
+import { compile, defaultOptions } from "../../compiler/compile.ts";
+import { packageRoot } from "../../compiler/package_root.ts";
+import { silent } from "../../compiler/progress.ts";
+import { writeStep3Checkpoint } from "../checkpoint.ts";
+
+const root = packageRoot();
+const flags = process.argv.slice(2);
+const flagValue = (flag: string): string | undefined => (flags.includes(flag) ? flags[flags.indexOf(flag) + 1] : undefined);
+const out = resolve(flagValue("--out") ?? "gpu-tests");
+
+const write = (path: string, content: string | Uint8Array): void => {
+  mkdirSync(dirname(path), { recursive: true });
+  writeFileSync(path, content);
+};
+
+/** The CLI in a process of its own: bundles are built and run natively. */
+const step3c = (...args: string[]): void => {
+  const { status, stderr } = spawnSync(process.execPath, [join(root, "dist", "compiler", "cli.js"), ...args], {
+    encoding: "utf8",
+  });
+  if (status !== 0) throw new Error(`step3c ${args.join(" ")} ended with ${status}: ${stderr}`);
+};
+
+/** Kernels alone: a program of all samples of all ops, and the file of cases. */
+const packKernels = (): void => {
+  for (const arch of cuda.arches) {
+    const report = checkBackend(cuda, {
+      arch,
+      pack: (program, cases) => {
+        for (const [path, text] of program) write(join(out, "kernels", arch, "program", path), text);
+        write(join(out, "kernels", arch, "cases"), cases);
+      },
+    });
+    const lacking = report.results.filter((r) => r.status !== "matched");
+    if (lacking.length > 0) throw new Error(`cuda:${arch} lacks ${lacking.map((r) => `${r.op} '${r.sample}'`).join(", ")}`);
+  }
+};
+
+type Precision = "bf16" | "fp8" | "int8";
+const pairs: readonly (readonly [attention: string, ffn: string, precision: Precision, ranks: readonly [number, number]])[] = [
+  ["cuda", "cuda", "bf16", [1, 1]],
+  ["cuda", "cuda", "fp8", [1, 1]],
+  ["cuda", "cuda", "int8", [1, 1]],
+  ["cuda:sm_80", "cuda:sm_80", "fp8", [1, 1]],
+  ["cuda", "cpp", "fp8", [1, 1]],
+  ["cpp", "cuda", "fp8", [1, 1]],
+  ["cuda", "cuda", "fp8", [2, 2]],
+];
+
+/** Whole models: a checkpoint of drawn weights whose sizes the matrix units take, and the sample. */
+const packBundles = async (): Promise<void> => {
+  const work = mkdtempSync(join(tmpdir(), "step3c-gpu-"));
+  const sizes = {
+    hidden: 256,
+    layers: 2,
+    heads: 8,
+    headDim: 64,
+    queryRank: 128,
+    intermediate: 512,
+    vocabulary: 512,
+    experts: 4,
+    topK: 4,
+  };
+  const drawn = join(work, "drawn");
+  writeStep3Checkpoint(drawn, { sizes: { ...sizes, moeIntermediate: 256, shared: 256 } });
+  const ids = Array.from({ length: 3 }, (_, p) =>
+    Array.from({ length: 90 + p }, (_, i) => (i * 37 + p * 101 + 5) % sizes.vocabulary),
+  );
+  write(join(work, "drawn.jsonl"), ids.map((prompt_ids) => `${JSON.stringify({ prompt_ids })}\n`).join(""));
+  const held = readFileSync(join(root, "samples", "step3-tiny", "heldout.ids.jsonl"), "utf8")
+    .split("\n")
+    .slice(0, 3);
+  const firsts = held.map((line) => (JSON.parse(line) as { prompt_ids: number[] }).prompt_ids.slice(0, 150));
+  write(join(work, "sample.jsonl"), firsts.map((prompt_ids) => `${JSON.stringify({ prompt_ids })}\n`).join(""));
+  const models = [
+    ...pairs.map((pair) => ({ model: "drawn", source: drawn, pair })),
+    { model: "sample", source: join(root, "samples", "step3-tiny"), pair: ["cuda", "cuda", "fp8", [1, 1]] as const },
+  ];
+  const references = new Map<string, string>();
+  for (const { model, source, pair } of models) {
+    const [attention, ffn, precision, [a, f]] = pair;
+    const name = `${model}-${attention}-${ffn}-${precision}-${a}A${f}F`.replaceAll(":", "_");
+    const options = { ...defaultOptions, precision, kv: precision, ranks: { attention: a, ffn: f } };
+    await compile(source, { ...options, attention, ffn, out: join(out, "bundles", name) }, silent);
+    copyFileSync(join(work, `${model}.jsonl`), join(out, "bundles", `${name}.jsonl`));
+    const key = `${model}-${precision}`;
+    if (!references.has(key)) {
+      const reference = join(work, `${key}.s3`);
+      await compile(source, { ...options, ranks: { attention: 1, ffn: 1 }, out: reference }, silent);
+      step3c("score", reference, "--ids", join(work, `${model}.jsonl`), "--logits", join(work, `${key}.f32`));
+      references.set(key, join(work, `${key}.f32`));
+    }
+    for (const p of [0, 1, 2]) copyFileSync(`${references.get(key)}.${p}`, join(out, "bundles", `${name}.expected.${p}`));
+  }
+  rmSync(work, { recursive: true });
+};
+
+rmSync(out, { recursive: true, force: true });
+mkdirSync(join(out, "bundles"), { recursive: true });
+packKernels();
+await packBundles();
+cpSync(join(root, "runtime"), join(out, "runtime"), { recursive: true });
+copyFileSync(join(root, "test", "gpu", "run.sh"), join(out, "run.sh"));
+const commit = spawnSync("git", ["rev-parse", "--short", "HEAD"], { cwd: root, encoding: "utf8" });
+write(join(out, "commit"), commit.status === 0 ? commit.stdout : "unknown\n");
+
+const hasGpu = spawnSync("nvidia-smi", ["-L"]).status === 0;
+if (flags.includes("--pack-only") || !hasGpu)
+  process.stdout.write(
+    `${out}: packed. ${hasGpu ? "" : "There is no NVIDIA GPU here; "}copy it to a machine with one, nvcc and CMake, and run there: bash run.sh\n`,
+  );
+else process.exitCode = spawnSync("bash", [join(out, "run.sh")], { stdio: "inherit" }).status ?? 1;
