@@ -12,6 +12,12 @@ const targets: Readonly<Record<string, { readonly codes: readonly string[]; read
   };
 export const arches: readonly string[] = Object.keys(targets);
 
+/** Kernels that every program has besides its own: what the GPU can do at best, and the header that has them. */
+const ceilings: Readonly<Record<string, { readonly header: string; readonly names: readonly string[] }>> = {
+  sm_90a: { header: "ceilings_hopper.cuh", names: ["launch", "read", "read_2", "read_3", "f32", "bf16", "fp8", "int8"] },
+  sm_80: { header: "ceilings_ampere.cuh", names: ["launch", "read", "read_2", "f32", "bf16", "int8"] },
+};
+
 const part = (name: string): Template => loadTemplate(new URL(`./program/${name}.hbs`, import.meta.url));
 const cmake = part("CMakeLists.txt");
 const unit = part("unit.cu");
@@ -57,8 +63,8 @@ const rowsInFile = 8;
 const isRows = (own: readonly string[]): boolean => own.length > 0 && own.every((h) => h === "rows.cuh" || h === "choose.cuh");
 
 export const assemble = (program: ProgramSource): ReadonlyMap<string, string> => {
-  const target = targets[program.arch];
-  if (target === undefined) throw new Error(`no architecture ${program.arch}`);
+  const [target, ceiling] = [targets[program.arch], ceilings[program.arch]];
+  if (target === undefined || ceiling === undefined) throw new Error(`no architecture ${program.arch}`);
   const texts = program.kernels.map((k) => splitHeaders(k.text));
   const file = (name: string, of: readonly { readonly own: readonly string[]; readonly rest: string }[]): [string, string] => [
     name,
@@ -69,7 +75,11 @@ export const assemble = (program: ProgramSource): ReadonlyMap<string, string> =>
     file(`rows_${i}.cu`, small.slice(i * rowsInFile, (i + 1) * rowsInFile)),
   );
   const kernels = texts.filter((t) => !isRows(t.own)).map((t, i) => file(`kernel_${i}.cu`, [t]));
-  const files = [...rows, ...kernels];
+  const files = [...rows, ...kernels, file("ceilings.cu", [{ own: [ceiling.header], rest: "" }])];
+  const entries = [
+    ...program.kernels.map(({ name, scratch }) => ({ name, scratch })),
+    ...ceiling.names.map((name) => ({ name: `ceiling_${name}`, scratch: 0 })),
+  ];
   const runtime = (path: string): string => loadText(new URL(`../../runtime/${path}`, import.meta.url));
   return new Map([
     [
@@ -85,14 +95,14 @@ export const assemble = (program: ProgramSource): ReadonlyMap<string, string> =>
     [
       "table.cu",
       table({
-        kernels: program.kernels.map(({ name, scratch }) => ({ name, scratch })),
-        count: program.kernels.length,
+        kernels: entries,
+        count: entries.length,
         major: target.major,
         exact: target.exact,
       }),
     ],
     ...files,
-    ...withIncluded(["launch.h", ...texts.flatMap((t) => t.own)]),
+    ...withIncluded(["launch.h", ceiling.header, ...texts.flatMap((t) => t.own)]),
     ...Object.entries(driver).map(([name, from]): [string, string] => [`driver/${name}`, runtime(from)]),
   ]);
 };

@@ -2,7 +2,7 @@
 import type { Dim } from "../../ir/dim.ts";
 import type { Op, Value } from "../../ir/graph.ts";
 import { type DType, dtypeBytes, type KvType, type TensorType, typeText } from "../../ir/type.ts";
-import type { KernelTemplate, KvLayout, Target } from "../backend.ts";
+import type { Inexact, KernelTemplate, KvLayout, Target } from "../backend.ts";
 import { tokenSymbol } from "../c_family.ts";
 import { dialect, storage } from "../scalar.ts";
 import { loadTemplate } from "../template.ts";
@@ -39,17 +39,33 @@ interface Choice {
   readonly function: string;
   readonly header: string;
   readonly scratch: number;
+  readonly inexact?: Inexact;
 }
 
-/** Bytes that the blocks of attention_hopper.cuh leave for each other: two parts each of f32 sums of 64 queries, with maximum and total. */
-const hopperScratch = (dim: number): number => 2 * 132 * (64 * dim * 4 + 64 * 8);
+/** Bytes that blocks leave for each other: two parts for each of 132 at most, f32 sums of 64 queries with maximum and total. */
+const partialBytes = (dim: number): number => 2 * 132 * (64 * dim * 4 + 64 * 8);
 
 /** Matrix units pay from 8 query heads of a KV head on; fewer leave most of their rows empty. */
 const choose = (q: DType, type: KvType, group: number, scale: number, target: Target): Choice => {
   const matrix = q === "bf16" && group >= 8 && [64, 128, 256].includes(type.dim) && scale > 0;
-  if (matrix && target.arch === "sm_90a" && (type.dtype === "bf16" || type.dtype === "e4m3"))
-    return { function: "attend_hopper", header: "attention_hopper.cuh", scratch: hopperScratch(type.dim) };
-  return { function: "attend_plain", header: "attention.cuh", scratch: 0 };
+  if (!matrix || !["bf16", "e4m3", "i8"].includes(type.dtype))
+    return { function: "attend_plain", header: "attention.cuh", scratch: 0 };
+  const scratch = partialBytes(type.dim);
+  if (target.arch === "sm_90a" && type.dtype !== "i8")
+    return {
+      function: "attend_hopper",
+      header: "attention_hopper.cuh",
+      scratch,
+      inexact: type.dtype === "e4m3" ? inCodes : inBf16,
+    };
+  return { function: "attend_warps", header: "attention.cuh", scratch, inexact: type.dtype === "bf16" ? inBf16 : inF16 };
+};
+
+const inBf16: Inexact = { ofLargest: 2 ** -8, why: "weights of the softmax are multiplied as bf16" };
+const inF16: Inexact = { ofLargest: 2 ** -10, why: "weights of the softmax are multiplied as f16" };
+const inCodes: Inexact = {
+  ofLargest: 2 ** -7,
+  why: "queries and weights of the softmax are sums of two codes, and the 8-bit units of Hopper keep about 13 bits of a sum",
 };
 
 const attentionTemplate = loadTemplate(new URL("./kernels/attention.hbs", import.meta.url));
@@ -67,7 +83,7 @@ const attention: KernelTemplate = {
     const heads = op.attrs.heads as number;
     const about = `attention of ${heads} heads ${typeText(q)} over ${typeText(type)}`;
     const scale = op.attrs.scale as number;
-    const { scratch, ...chosen } = choose(q.dtype, type, heads / type.heads, scale, target);
+    const { scratch, inexact, ...chosen } = choose(q.dtype, type, heads / type.heads, scale, target);
     return {
       context: {
         ...chosen,
@@ -82,6 +98,7 @@ const attention: KernelTemplate = {
       },
       scratch,
       about,
+      ...(inexact ? { inexact } : {}),
     };
   },
   render: (context, name) => attentionTemplate({ ...context, name }),

@@ -33,6 +33,41 @@ __device__ __forceinline__ void top_k(const float *x, int64_t n, int k, float *v
   }
 }
 
+/// The same of a row that one warp holds.
+template <int Columns>
+__device__ __forceinline__ void top_k(const Held<float, Columns, 32, 1> &x, int k, float *values, int32_t *ids) {
+  using H = Held<float, Columns, 32, 1>;
+  uint64_t last = ~0ull;
+  for (int chosen = 0; chosen < k; ++chosen) {
+    uint64_t best = 0;
+    float own = 0.0f;
+#pragma unroll
+    for (int chunk = 0; chunk < H::chunks; ++chunk) {
+      const int64_t i = H::first(chunk);
+      const uint64_t choice = i < Columns ? choice_of(x.values[chunk][0], i) : 0;
+      if (choice >= last || choice <= best) continue;
+      best = choice;
+      own = x.values[chunk][0];
+    }
+    last = reduce_lanes<First>(best, 32);
+    if (best != last) continue;
+    ids[chosen] = static_cast<int32_t>(index_of(last));
+    values[chosen] = own;
+  }
+}
+
+/// Softmax of a row that one warp holds, every step rounded to f32 as the op's expansion is.
+template <int Columns>
+__device__ __forceinline__ void softmax(Held<float, Columns, 32, 1> &x) {
+  using H = Held<float, Columns, 32, 1>;
+  const float largest = reduce_row<Max>(x, Columns);
+#pragma unroll
+  for (int chunk = 0; chunk < H::chunks; ++chunk) x.values[chunk][0] = exponential_of(__fsub_rn(x.values[chunk][0], largest));
+  const float total = reduce_row<Sum>(x, Columns);
+#pragma unroll
+  for (int chunk = 0; chunk < H::chunks; ++chunk) x.values[chunk][0] = __fdiv_rn(x.values[chunk][0], total);
+}
+
 /// Masses e^((x - largest) / temperature) of a row's logits, as multiples of 2^-40: whole numbers, whose sums do not depend on their order.
 struct Masses {
   const float *x;

@@ -1,10 +1,10 @@
 // Contractions by the matrix units of Hopper: products of a warpgroup over weights packed as layout.ts packs them.
 //
-// A first small kernel gathers the rows of x by matrix (pack_rows.cuh). Then blocks of 128 columns of the result (128 lines of the weight: A of
-// the products) meet tiles of up to `Most` rows (B): so few rows waste little. One thread brings lines of 128 bytes of both through a ring in
-// shared memory; two warpgroups multiply, 64 columns each. Two blocks of a cluster that have neighbouring columns bring each other half of the
-// rows. Where there are fewer tiles than processors, blocks of a cluster share the sum over k, and each finishes a part of the rows; how k is
-// cut depends on sizes and the processor, never on the number of rows there are.
+// Blocks of 128 columns of the result (128 lines of the weight: A of the products) meet tiles of up to `Most` rows (B): so few rows waste little.
+// One thread brings lines of 128 bytes of both through a ring in shared memory, a warp the scales; two warpgroups multiply, 64 columns each. Two
+// blocks of a cluster that have neighbouring columns bring each other half of the rows. Where there are fewer tiles than processors, blocks of a
+// cluster share the sum over k, and each finishes a part of the rows; how k is cut depends on sizes and the processor, never on the number of rows
+// there are. Rows of one segment are taken where they lie; others, and those of experts, are first gathered by a small kernel (pack_rows.cuh).
 #pragma once
 #include "pack_rows.cuh"
 #include "products.cuh"
@@ -42,15 +42,24 @@ template <int Most>
 struct Ring {
   static constexpr int rows_bytes = Most * line_bytes, stage_bytes = tile_bytes + rows_bytes, scales_bytes = Most * 4;
   static constexpr int staging_bytes = 2 * staged_rows * staged_stride * 4;
-  static constexpr int stages_that_fit = ((227 << 10) - 1024 - staging_bytes - 5120) / (stage_bytes + scales_bytes);
+  static constexpr int stages_that_fit = ((227 << 10) - 1024 - staging_bytes - 4 * Most * 4 - 4096) / (stage_bytes + scales_bytes);
   static constexpr int stages = stages_that_fit < 8 ? stages_that_fit : 8;
   static constexpr int bytes = 1024 + stages * (stage_bytes + scales_bytes) + staging_bytes;
 };
 
+/// Numbers of rows that products take.
+__host__ __device__ constexpr int32_t row_size(int index) { return index == 0 ? 16 : 32 * index; }
+__host__ __device__ constexpr int size_index(int32_t rows) { return rows <= 16 ? 0 : rows <= 32 ? 1 : rows <= 64 ? 2 : rows <= 96 ? 3 : 4; }
+
 struct Problem {
-  const uint8_t *w;
+  CUtensorMap w;    // lines of the packed weight, in boxes of a tile: copies of plain runs of bytes are slower
+  CUtensorMap x[5]; // rows of x as they are, in boxes of what a block brings of each size
+  bool direct;      // rows are taken from there, with scales `xs` [row][step], not from what was packed
+  const s3_head *heads;
+  int32_t heads_rows;
+  const float *xs;
   const float *ws;
-  Packed x;
+  Packed packed;
   int32_t columns, tiles, steps, matrices; // columns of the result, blocks of 128 of them, lines along k
   uint32_t neighbours, parts;              // blocks of a cluster: those with neighbouring columns, times those that share k
   bool early;                              // there is one tile of rows: weights are known before rows are
@@ -60,10 +69,9 @@ struct Problem {
 /// A tile of work: rows of one matrix against neighbouring blocks of columns.
 struct Item {
   int32_t matrix, pair, row, end, rows; // `rows` as multiplied: at least those from `row` to `end`
+  bool alone;                           // no other item has the same weights
 };
 
-/// Rows as products take them.
-__device__ __forceinline__ int32_t whole_rows(int32_t rows) { return rows <= 16 ? 16 : rows <= 32 ? 32 : rows <= 64 ? 64 : rows <= 96 ? 96 : rows <= 128 ? 128 : rows <= 192 ? 192 : 256; }
 
 /// Items in order: matrices, pairs of column blocks, tiles of rows; every block of a cluster takes the same.
 template <int Most>
@@ -86,7 +94,7 @@ class Items {
       if (index < before + items) {
         const int32_t local = static_cast<int32_t>(index - before), each = ((g.count + tiles - 1) / tiles + 7) / 8 * 8, first = local % tiles * each;
         const int32_t rows = min(each, g.count - first);
-        item = {matrix, local / tiles, g.base + first, g.base + first + rows, whole_rows(rows)};
+        item = {matrix, local / tiles, g.base + first, g.base + first + rows, row_size(size_index(rows)), tiles == 1};
         index += clusters;
         return true;
       }
@@ -106,16 +114,17 @@ struct Place {
 
 /// Sums of four neighbouring columns of a row become results.
 template <class O, class Finish>
-__device__ __forceinline__ void finish_four(const Problem &p, const Finish &finish, const Item &item, int32_t row, int32_t column, const Four<typename O::Sum> &sums) {
+__device__ __forceinline__ void finish_four(const Problem &p, const Finish &finish, const Item &item, const int32_t *targets, int32_t row, int32_t column,
+                                            const Four<typename O::Sum> &sums) {
   if (row >= item.end || column >= p.columns) return;
   const int count = min(4, p.columns - column);
   float scaled[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     scaled[i] = static_cast<float>(sums[i]);
-    if constexpr (O::row_scales) scaled[i] *= p.x.scales[row] * p.ws[int64_t{item.matrix} * p.columns + column + min(i, count - 1)];
+    if constexpr (O::row_scales) scaled[i] *= p.packed.scales[row] * p.ws[int64_t{item.matrix} * p.columns + column + min(i, count - 1)];
   }
-  finish(int64_t{p.x.targets[row]}, int64_t{column}, scaled, count);
+  finish(int64_t{targets[row - item.row]}, int64_t{column}, scaled, count);
 }
 
 /// What a thread of the multiplying warpgroups knows.
@@ -125,159 +134,166 @@ struct Multiplier {
   const Finish &finish;
   uint8_t *ring;
   const float *scales;
-  float *staging; // of the warpgroup
+  float *staging;    // of the warpgroup
+  int32_t *targets;  // rows of the result, of this item and the one before
   Barrier *full, *empty;
   int thread, half; // thread of the warpgroup, and which of two it is
   Place at{};
+  bool odd = false;
 
   using Sum = typename O::Sum;
   using R = Ring<Most>;
 
-  /// Sums of Parts times Size rows: of thread t, 4j + i is column 16(t / 32) + t % 32 / 4 + 8(i / 2) of the half, row 8j + 2(t % 4) + i % 2
-  template <int Size, int Parts>
+  /// Of thread t, 4j + i is column 16(t / 32) + t % 32 / 4 + 8(i / 2) of the half, row 8j + 2(t % 4) + i % 2
+  template <int Size>
   __device__ __forceinline__ void item(const Item &item, uint32_t tile, uint32_t part) {
-    Sum sums[Parts][Size / 2];
+    Sum sums[Size / 2];
 #pragma unroll
-    for (int i = 0; i < Parts; ++i)
-#pragma unroll
-      for (int j = 0; j < Size / 2; ++j) sums[i][j] = 0;
+    for (int j = 0; j < Size / 2; ++j) sums[j] = 0;
+    targets += odd ? -Most : Most;
+    odd = !odd;
+    for (int32_t row = item.row + thread; row < item.end; row += 128) targets[row - item.row] = p.direct ? row : p.packed.targets[row];
     const uint32_t first = p.steps * part / p.parts, last = p.steps * (part + 1) / p.parts;
-    const float *const ws = O::step_scales ? p.ws + (int64_t{item.matrix} * p.tiles + min(tile, p.tiles - 1)) * p.steps + first : nullptr;
-    multiply<Size, Parts>(sums, last - first, ws);
+    multiply<Size>(sums, last - first);
     if (p.parts > 1)
-      share<Size, Parts>(sums, item, tile, part);
+      share<Size>(sums, item, tile, part);
     else
-      store<Size, Parts>(sums, item, tile);
+      store<Size>(sums, item, tile);
   }
 
  private:
-  static __device__ __forceinline__ uint32_t before(uint32_t stage) { return stage == 0 ? R::stages - 1 : stage - 1; }
   __device__ __forceinline__ void release(uint32_t stage) {
-    const int lane = thread % 32;
-    if (p.neighbours == 1) {
-      if (lane == 0) empty[stage].arrive();
-    } else if (lane < 2) {
-      empty[stage].arrive_at((block_of_cluster() & ~1u) + lane);
+    if (thread % 32 == 0) empty[stage].arrive();
+  }
+  /// Enqueues the products of the stage at `place` once they are there.
+  template <int Size>
+  __device__ __forceinline__ void begin(Sum (&to)[Size / 2], const Place &place) {
+    full[place.stage].wait(place.phase);
+    const uint32_t lines = shared_address(ring) + place.stage * R::stage_bytes;
+    const uint64_t a = matrix(lines + half * (tile_bytes / 2), 16, 1024, Swizzle::b128), b = matrix(lines + tile_bytes, 16, 1024, Swizzle::b128);
+    product_fence();
+#pragma unroll
+    for (int k = 0; k < 4; ++k) O::product(to, a + 2 * k, b + 2 * k, !O::step_scales || k > 0);
+    product_commit();
+  }
+  /// Adds up the products of a stage, which have ended, with the scales of its step.
+  template <int Size>
+  __device__ __forceinline__ void add(Sum (&sums)[Size / 2], Sum (&products)[Size / 2]) {
+#pragma unroll
+    for (int j = 0; j < Size / 2; ++j) pin(products[j]);
+    const float *const xs = scales + at.stage * Most + 2 * (thread % 4);
+#pragma unroll
+    for (int j = 0; j < Size / 8; ++j) {
+      const float2 s = *reinterpret_cast<const float2 *>(xs + 8 * j);
+      sums[4 * j] += products[4 * j] * s.x;
+      sums[4 * j + 1] += products[4 * j + 1] * s.y;
+      sums[4 * j + 2] += products[4 * j + 2] * s.x;
+      sums[4 * j + 3] += products[4 * j + 3] * s.y;
     }
+    release(at.stage);
+    at.advance(R::stages);
   }
 
-  template <int Size, int Parts>
-  __device__ __forceinline__ void multiply(Sum (&sums)[Parts][Size / 2], uint32_t steps, const float *ws) {
-    const int lane = thread % 32;
-    float line_scales = 0;
-    for (uint32_t step = 0; step < steps; ++step) {
-      if constexpr (O::step_scales) {
-        if (step % 32 == 0) line_scales = step + lane < steps ? ws[step + lane] : 0;
+  template <int Size>
+  __device__ __forceinline__ void multiply(Sum (&sums)[Size / 2], uint32_t steps) {
+    if constexpr (O::step_scales) {
+      // the products of a step run while those of the one before are added up
+      Sum even[Size / 2], odd[Size / 2];
+      Place ahead = at;
+      const auto next = [&](Sum (&to)[Size / 2]) {
+        begin<Size>(to, ahead);
+        ahead.advance(R::stages);
+      };
+      next(even);
+      uint32_t step = 0;
+      for (; step + 2 < steps; step += 2) {
+        next(odd);
+        product_wait<1>();
+        add<Size>(sums, even);
+        next(even);
+        product_wait<1>();
+        add<Size>(sums, odd);
       }
-      full[at.stage].wait(at.phase);
-      const uint32_t lines = shared_address(ring) + at.stage * R::stage_bytes;
-      const uint64_t a = matrix(lines + half * (tile_bytes / 2), 16, 1024, Swizzle::b128);
-      if constexpr (O::step_scales) {
-        const float ws_now = __shfl_sync(0xFFFFFFFFu, line_scales, step % 32);
-        const float *const xs = scales + at.stage * Most + 2 * (lane % 4);
-#pragma unroll
-        for (int i = 0; i < Parts; ++i) {
-          const uint64_t b = matrix(lines + tile_bytes + i * Size * line_bytes, 16, 1024, Swizzle::b128);
-          float now[Size / 2];
-          product_fence();
-#pragma unroll
-          for (int k = 0; k < 4; ++k) O::product(now, a + 2 * k, b + 2 * k, k > 0);
-          product_commit();
-          product_wait<0>();
-#pragma unroll
-          for (int j = 0; j < Size / 2; ++j) pin(now[j]);
-#pragma unroll
-          for (int j = 0; j < Size / 8; ++j) {
-            const float2 s = *reinterpret_cast<const float2 *>(xs + i * Size + 8 * j);
-            const float left = s.x * ws_now, right = s.y * ws_now;
-            sums[i][4 * j] += now[4 * j] * left;
-            sums[i][4 * j + 1] += now[4 * j + 1] * right;
-            sums[i][4 * j + 2] += now[4 * j + 2] * left;
-            sums[i][4 * j + 3] += now[4 * j + 3] * right;
-          }
-        }
-        release(at.stage);
+      if (step + 2 == steps) {
+        next(odd);
+        product_wait<1>();
+        add<Size>(sums, even);
+        product_wait<0>();
+        add<Size>(sums, odd);
       } else {
-        product_fence();
-#pragma unroll
-        for (int i = 0; i < Parts; ++i) {
-          const uint64_t b = matrix(lines + tile_bytes + i * Size * line_bytes, 16, 1024, Swizzle::b128);
-#pragma unroll
-          for (int k = 0; k < 4; ++k) O::product(sums[i], a + 2 * k, b + 2 * k, true);
-        }
-        product_commit();
-        if (step > 0) {
-          product_wait<1>();
-          release(before(at.stage));
-        }
+        product_wait<0>();
+        add<Size>(sums, even);
       }
-      at.advance(R::stages);
-    }
-    if constexpr (!O::step_scales) {
+    } else {
+      begin<Size>(sums, at);
+      for (uint32_t step = 1; step < steps; ++step) {
+        const uint32_t stage = at.stage;
+        at.advance(R::stages);
+        begin<Size>(sums, at);
+        product_wait<1>();
+        release(stage);
+      }
       product_wait<0>();
 #pragma unroll
-      for (int i = 0; i < Parts; ++i)
-#pragma unroll
-        for (int j = 0; j < Size / 2; ++j) pin(sums[i][j]);
-      release(before(at.stage));
+      for (int j = 0; j < Size / 2; ++j) pin(sums[j]);
+      release(at.stage);
+      at.advance(R::stages);
     }
   }
 
   /// Through shared memory, so that neighbouring threads write neighbouring columns.
-  template <int Size, int Parts>
-  __device__ __forceinline__ void store(const Sum (&sums)[Parts][Size / 2], const Item &item, uint32_t tile) {
+  template <int Size>
+  __device__ __forceinline__ void store(const Sum (&sums)[Size / 2], const Item &item, uint32_t tile) {
     constexpr int rows = Size < staged_rows ? Size : staged_rows;
     Sum *const stage = reinterpret_cast<Sum *>(staging);
     const int lane = thread % 32, column = thread / 32 * 16 + lane / 4, row = 2 * (lane % 4);
     const int32_t first_column = tile * tile_columns + half * 64;
 #pragma unroll
-    for (int i = 0; i < Parts; ++i)
+    for (int chunk = 0; chunk < Size / rows; ++chunk) {
+      const int32_t first_row = item.row + chunk * rows;
+      if (first_row >= item.end) return; // all threads alike
+      meet(1 + half, 128);
 #pragma unroll
-      for (int chunk = 0; chunk < Size / rows; ++chunk) {
-        const int32_t first_row = item.row + i * Size + chunk * rows;
-        if (first_row >= item.end) return; // all threads alike
-        meet(1 + half, 128);
+      for (int j = 0; j < rows / 8; ++j)
 #pragma unroll
-        for (int j = 0; j < rows / 8; ++j)
+        for (int n = 0; n < 4; ++n) stage[(8 * j + row + n % 2) * staged_stride + column + n / 2 * 8] = sums[chunk * rows / 2 + 4 * j + n];
+      meet(1 + half, 128);
 #pragma unroll
-          for (int n = 0; n < 4; ++n) stage[(8 * j + row + n % 2) * staged_stride + column + n / 2 * 8] = sums[i][chunk * rows / 2 + 4 * j + n];
-        meet(1 + half, 128);
-#pragma unroll
-        for (int r = 0; r < rows / 8; ++r) {
-          const int own = 8 * r + thread / 16, four = thread % 16 * 4;
-          finish_four<O>(p, finish, item, first_row + own, first_column + four, *reinterpret_cast<const Four<Sum> *>(stage + own * staged_stride + four));
-        }
+      for (int r = 0; r < rows / 8; ++r) {
+        const int own = 8 * r + thread / 16, four = thread % 16 * 4;
+        finish_four<O>(p, finish, item, targets, first_row + own, first_column + four, *reinterpret_cast<const Four<Sum> *>(stage + own * staged_stride + four));
       }
+    }
   }
 
-  /// Eights of rows are dealt out to the blocks that share k; each gets the others' sums and adds them up in the order of k.
-  template <int Size, int Parts>
-  __device__ __forceinline__ void share(const Sum (&sums)[Parts][Size / 2], const Item &item, uint32_t tile, uint32_t part) {
-    constexpr uint32_t eights = Parts * Size / 8, eight_floats = 8 * shared_stride;
-    const uint32_t parts = p.parts, slots = (eights + parts - 1) / parts, block = block_of_cluster() % p.neighbours;
+  /// Eights of rows are dealt out to the blocks that share k; each adds up the sums of all in the order of k.
+  template <int Size>
+  __device__ __forceinline__ void share(const Sum (&sums)[Size / 2], const Item &item, uint32_t tile, uint32_t part) {
+    constexpr uint32_t eights = Size / 8, eight_bytes = 8 * shared_stride * 4;
+    const uint32_t block = block_of_cluster() % p.neighbours;
     const int lane = thread % 32, column = half * 64 + thread / 32 * 16 + lane / 4, row = 2 * (lane % 4);
-    meet_cluster(); // the rings of all are read
-    uint32_t owner = 0, slot = 0;
+    Sum *const own = reinterpret_cast<Sum *>(ring);
+    meet(5, 256); // the ring is read
 #pragma unroll
-    for (uint32_t e = 0; e < eights; ++e) {
-      const uint32_t to = address_in(owner * p.neighbours + block, shared_address(ring)) + 4 * ((part * slots + slot) * eight_floats + row * shared_stride + column);
+    for (uint32_t e = 0; e < eights; ++e)
 #pragma unroll
-      for (int n = 0; n < 4; ++n) store_in_cluster(to + 4 * (n % 2 * shared_stride + n / 2 * 8), sums[e * 8 / Size][e * 4 % (Size / 2) + n]);
-      if (++owner == parts) owner = 0, ++slot;
-    }
-    meet_cluster(); // sums have arrived
-    const Sum *const arrived = reinterpret_cast<const Sum *>(ring);
-    const int all = half * 128 + thread, own = all / 32, four = all % 32 * 4;
-    for (uint32_t s = 0; s < slots; ++s) {
-      const int32_t first_row = item.row + (s * parts + part) * 8;
+      for (int n = 0; n < 4; ++n) own[(8 * e + row + n % 2) * shared_stride + column + n / 2 * 8] = sums[4 * e + n];
+    meet_cluster();
+    const int all = half * 128 + thread, in_eight = all / 32, four = all % 32 * 4;
+    const uint32_t at = shared_address(ring) + (in_eight * shared_stride + four) * 4;
+#pragma unroll 2
+    for (uint32_t e = part; e < eights; e += p.parts) {
+      const int32_t first_row = item.row + static_cast<int32_t>(e) * 8;
       if (first_row >= item.end) break;
       Four<Sum> line{};
-      for (uint32_t from = 0; from < parts; ++from) {
-        const Four<Sum> more = *reinterpret_cast<const Four<Sum> *>(arrived + (from * slots + s) * eight_floats + own * shared_stride + four);
+#pragma unroll 4
+      for (uint32_t from = 0; from < p.parts; ++from) {
+        const uint4 more = load_in_cluster(address_in(from * p.neighbours + block, at + e * eight_bytes));
+        const Four<Sum> values = *reinterpret_cast<const Four<Sum> *>(&more);
 #pragma unroll
-        for (int n = 0; n < 4; ++n) line[n] += more[n];
+        for (int n = 0; n < 4; ++n) line[n] += values[n];
       }
-      finish_four<O>(p, finish, item, first_row + own, tile * tile_columns + four, line);
+      finish_four<O>(p, finish, item, targets, first_row + in_eight, tile * tile_columns + four, line);
     }
   }
 };
@@ -288,8 +304,9 @@ template <class O, int Most, class Finish>
 __global__ void __launch_bounds__(contract_threads, 1) contract_kernel(const __grid_constant__ Problem p, const __grid_constant__ Finish finish) {
   using R = Ring<Most>;
   extern __shared__ uint8_t shared_memory[];
-  __shared__ Barrier full[R::stages], empty[R::stages];
+  __shared__ Barrier full[R::stages], empty[R::stages], free[R::stages]; // `free`: the neighbour's stage is empty
   __shared__ Group groups[most_matrices + 1];
+  __shared__ int32_t targets[4 * Most];
   uint8_t *const ring = shared_memory + (1024 - shared_address(shared_memory) % 1024) % 1024;
   float *const scales = reinterpret_cast<float *>(ring + R::stages * R::stage_bytes);
   float *const staging = scales + R::stages * Most;
@@ -301,19 +318,20 @@ __global__ void __launch_bounds__(contract_threads, 1) contract_kernel(const __g
   let_successor_start();
   if (threadIdx.x == 0) {
     for (int i = 0; i < R::stages; ++i) {
-      full[i].init(1);
-      empty[i].init(8 * p.neighbours);
+      full[i].init(O::step_scales ? 2 : 1); // copies, and the warp that brings scales
+      empty[i].init(8);
+      free[i].init(1);
     }
     publish_barriers();
   }
   __syncthreads();
   const auto bring_weights = [&](const Item &item, uint32_t step, uint32_t stage) {
-    const int64_t tile = min(static_cast<int32_t>(item.pair * p.neighbours + neighbour), p.tiles - 1);
-    bulk_copy(ring + stage * R::stage_bytes, p.w + ((int64_t{item.matrix} * p.tiles + tile) * p.steps + step) * tile_bytes, tile_bytes, full[stage], read_once);
+    const int32_t tile = min(static_cast<int32_t>(item.pair * p.neighbours + neighbour), p.tiles - 1);
+    tensor_copy(ring + stage * R::stage_bytes, &p.w, 0, ((item.matrix * p.tiles + tile) * p.steps + step) * tile_columns, full[stage], item.alone ? read_once : read_again);
   };
   const uint32_t ahead = p.early ? min(last - first, static_cast<uint32_t>(R::stages)) : 0;
   if (threadIdx.x == 0) {
-    const Item known{0, static_cast<int32_t>(blockIdx.x / cluster_blocks), 0, 0, 0};
+    const Item known{0, static_cast<int32_t>(blockIdx.x / cluster_blocks), 0, 0, 0, true};
     for (uint32_t i = 0; i < ahead; ++i) {
       full[i].announce(tile_bytes);
       bring_weights(known, first + i, i);
@@ -321,67 +339,93 @@ __global__ void __launch_bounds__(contract_threads, 1) contract_kernel(const __g
   }
   if (cluster_blocks > 1) meet_cluster();
   after_predecessor();
-  for (int i = threadIdx.x; i <= p.matrices; i += contract_threads) groups[i] = p.x.groups[i];
+  for (int i = threadIdx.x; i <= p.matrices; i += contract_threads)
+    groups[i] = !p.direct ? p.packed.groups[i] : Group{0, i > 0 ? 0 : p.heads == nullptr ? p.heads_rows : static_cast<int32_t>(p.heads[0].rows) * p.heads_rows};
   __syncthreads();
 
   Items<Most> items(p, groups);
   Item item;
   if (threadIdx.x < 128) {
     give_registers<40>();
-    if (threadIdx.x == 0) {
-      Place at;
-      uint32_t brought = ahead;
-      const uint16_t both = static_cast<uint16_t>(3u << (block - neighbour));
-      while (items.next(item)) {
+    Place at;
+    uint32_t brought = ahead;
+    const uint16_t both = static_cast<uint16_t>(3u << (block - neighbour));
+    while (items.next(item)) {
+      if (threadIdx.x == 0) {
+        const uint32_t row_bytes = item.rows * line_bytes;
         for (uint32_t step = first; step < last; ++step) {
           empty[at.stage].wait(at.phase ^ 1);
-          const uint32_t row_bytes = item.rows * line_bytes, scale_bytes = O::step_scales ? item.rows * 4 : 0;
+          if (p.neighbours > 1) free[at.stage].arrive_at(block ^ 1);
           if (brought > 0) {
             --brought;
-            full[at.stage].expect(row_bytes + scale_bytes);
+            full[at.stage].expect(row_bytes);
           } else {
-            full[at.stage].expect(tile_bytes + row_bytes + scale_bytes);
+            full[at.stage].expect(tile_bytes + row_bytes);
             bring_weights(item, step, at.stage);
           }
           uint8_t *const rows = ring + at.stage * R::stage_bytes + tile_bytes;
-          float *const xs = scales + at.stage * Most;
-          const uint8_t *const lines = p.x.lines + (int64_t{step} * p.x.places + item.row) * line_bytes;
-          const float *const line_scales = p.x.scales + int64_t{step} * p.x.places + item.row;
+          const uint8_t *const lines = p.packed.lines + (int64_t{step} * p.packed.places + item.row) * line_bytes;
+          const CUtensorMap *const map = &p.x[size_index(item.rows)];
           if (p.neighbours == 1) {
-            bulk_copy(rows, lines, row_bytes, full[at.stage], read_often);
-            if (O::step_scales) bulk_copy(xs, line_scales, scale_bytes, full[at.stage], read_often);
+            if (p.direct)
+              tensor_copy(rows, map, step * line_bytes, item.row, full[at.stage], read_often);
+            else
+              bulk_copy(rows, lines, row_bytes, full[at.stage], read_often);
           } else {
-            const uint32_t share = row_bytes / 2 * neighbour, scale_share = scale_bytes / 2 * neighbour;
-            bulk_copy_to(both, rows + share, lines + share, row_bytes / 2, full[at.stage], read_often);
-            if (O::step_scales) bulk_copy_to(both, xs + scale_share / 4, line_scales + scale_share / 4, scale_bytes / 2, full[at.stage], read_often);
+            const uint32_t share = row_bytes / 2 * neighbour;
+            free[at.stage].wait(at.phase);
+            if (p.direct)
+              tensor_copy_to(both, rows + share, map, step * line_bytes, item.row + item.rows / 2 * neighbour, full[at.stage], read_often);
+            else
+              bulk_copy_to(both, rows + share, lines + share, row_bytes / 2, full[at.stage], read_often);
           }
           at.advance(R::stages);
         }
+      } else if (O::step_scales && threadIdx.x / 32 == 1) {
+        // scales of four rows a lane, times that of the weight, loaded a step ahead
+        const int lane = threadIdx.x % 32;
+        const int32_t tile = min(static_cast<int32_t>(item.pair * p.neighbours + neighbour), p.tiles - 1);
+        const float *const ws = p.ws + (int64_t{item.matrix} * p.tiles + tile) * p.steps;
+        const float *const xs = p.direct ? p.xs + int64_t{item.row + 4 * lane} * p.steps : p.packed.scales + item.row + 4 * lane;
+        const int32_t left = item.end - item.row - 4 * lane; // rows of the lane that are there
+        const bool mine = 4 * lane < item.rows;
+        const auto load = [&](uint32_t step, float4 &x, float &w) {
+          if (!mine || step >= last) return;
+          if (!p.direct)
+            x = *reinterpret_cast<const float4 *>(xs + int64_t{step} * p.packed.places);
+          else
+            x = {left > 0 ? xs[step] : 0, left > 1 ? xs[p.steps + step] : 0, left > 2 ? xs[2 * p.steps + step] : 0, left > 3 ? xs[3 * p.steps + step] : 0};
+          w = ws[step];
+        };
+        float4 now{}, next{};
+        float w_now = 0, w_next = 0;
+        load(first, now, w_now);
+        load(first + 1, next, w_next);
+        for (uint32_t step = first; step < last; ++step) {
+          const float4 product{now.x * w_now, now.y * w_now, now.z * w_now, now.w * w_now};
+          now = next, w_now = w_next;
+          load(step + 2, next, w_next);
+          empty[at.stage].wait(at.phase ^ 1);
+          if (mine) *reinterpret_cast<float4 *>(scales + at.stage * Most + 4 * lane) = product;
+          __syncwarp();
+          if (lane == 0) full[at.stage].arrive();
+          at.advance(R::stages);
+        }
       }
-    }
-    if (p.parts > 1) { // blocks that share k meet twice while they add up
-      meet_cluster();
-      meet_cluster();
+      if (p.parts > 1) meet_cluster(); // as those who add up do
     }
   } else {
     take_registers<232>();
     const int half = threadIdx.x / 128 - 1;
-    Multiplier<O, Most, Finish> multiplier{p, finish, ring, scales, staging + half * staged_rows * staged_stride, full, empty, static_cast<int>(threadIdx.x % 128), half};
+    Multiplier<O, Most, Finish> multiplier{p, finish, ring, scales, staging + half * staged_rows * staged_stride, targets + half * 2 * Most, full, empty, static_cast<int>(threadIdx.x % 128), half};
     while (items.next(item)) {
       const uint32_t tile = item.pair * p.neighbours + neighbour;
-      switch (item.rows) {
-        case 16: multiplier.template item<16, 1>(item, tile, part); break;
-        case 32: multiplier.template item<32, 1>(item, tile, part); break;
-        case 64: multiplier.template item<64, 1>(item, tile, part); break;
-        default:
-          if constexpr (Most > 64) {
-            if (item.rows == 96) multiplier.template item<96, 1>(item, tile, part);
-            else if (item.rows == 128) multiplier.template item<128, 1>(item, tile, part);
-            else if constexpr (Most > 128) {
-              if (item.rows == 192) multiplier.template item<96, 2>(item, tile, part);
-              else multiplier.template item<128, 2>(item, tile, part);
-            }
-          }
+      if (item.rows == 16) multiplier.template item<16>(item, tile, part);
+      else if (item.rows == 32) multiplier.template item<32>(item, tile, part);
+      else if (item.rows == 64) multiplier.template item<64>(item, tile, part);
+      else if constexpr (Most > 64) {
+        if (item.rows == 96) multiplier.template item<96>(item, tile, part);
+        else multiplier.template item<128>(item, tile, part);
       }
     }
     const Group none = p.zeros ? groups[p.matrices] : Group{0, 0};
@@ -389,7 +433,7 @@ __global__ void __launch_bounds__(contract_threads, 1) contract_kernel(const __g
     const float zeros[4] = {};
     for (int32_t row = blockIdx.x; row < none.count; row += gridDim.x)
       for (uint32_t four = thread; four < fours; four += 256)
-        finish(int64_t{p.x.targets[none.base + row]}, int64_t{4 * four}, zeros, min(4, p.columns - static_cast<int32_t>(4 * four)));
+        finish(int64_t{p.packed.targets[none.base + row]}, int64_t{4 * four}, zeros, min(4, p.columns - static_cast<int32_t>(4 * four)));
   }
   if (cluster_blocks > 1) meet_cluster(); // neighbours may still arrive at this block's barriers
 }
@@ -420,11 +464,11 @@ cudaError_t configure(Kernel *kernel, const Call &c, const Cut &cut, uint32_t sh
 /// Cuts k so that few tiles keep all processors busy: the least of rounds of blocks times steps of each, counting a round and an exchange of
 /// sums as some steps more.
 template <class Kernel>
-cudaError_t choose_cut(Kernel *kernel, const Call &c, int32_t tiles, int32_t steps, uint32_t shared_bytes, Cut &best) {
+cudaError_t choose_cut(Kernel *kernel, const Call &c, int32_t tiles, int32_t row_tiles, int32_t steps, uint32_t shared_bytes, Cut &best) {
   uint32_t least = UINT32_MAX;
   for (uint32_t neighbours = tiles > 1 ? 2 : 1; neighbours >= 1; --neighbours)
     for (uint32_t parts = 1; parts * neighbours <= 8 && (parts == 1 || steps >= static_cast<int32_t>(4 * parts)); ++parts) {
-      const Cut cut{neighbours, parts, ceil_div(static_cast<uint32_t>(tiles), neighbours)};
+      const Cut cut{neighbours, parts, ceil_div(static_cast<uint32_t>(tiles), neighbours) * row_tiles};
       cudaLaunchConfig_t config;
       cudaLaunchAttribute attributes[2];
       if (const cudaError_t e = configure(kernel, c, cut, shared_bytes, config, attributes)) return e;
@@ -438,6 +482,20 @@ cudaError_t choose_cut(Kernel *kernel, const Call &c, int32_t tiles, int32_t ste
   return cudaSuccess;
 }
 
+/// The map of lines `pitch` bytes apart of `bytes` each: boxes of 128 bytes of `box` lines, with pieces exchanged as in a tile when `swizzle`.
+inline cudaError_t map_of(const void *lines, int64_t bytes, int64_t pitch, int64_t count, int box, bool swizzle, CUtensorMap &map) {
+  void *function = nullptr;
+  cudaDriverEntryPointQueryResult found;
+  if (const cudaError_t e = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found)) return e;
+  if (found != cudaDriverEntryPointSuccess) return cudaErrorSymbolNotFound;
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(bytes), static_cast<cuuint64_t>(count)}, stride[1] = {static_cast<cuuint64_t>(pitch)};
+  const cuuint32_t boxes[2] = {line_bytes, static_cast<cuuint32_t>(box)}, every[2] = {1, 1};
+  const CUresult made = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function)(
+      &map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void *>(lines), sizes, stride, boxes, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      swizzle ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return made == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
 /// y = x w^T for packed weights. `window`: rows that the scratch has room for; more are done one window after the other.
 template <class O, int Most, class Finish>
 cudaError_t contract(const Call &c, const Contraction &d, const Rows &rows, const Choice &choice, int64_t window, const void *x, const float *xs, const uint8_t *w, const float *ws, const Finish &finish) {
@@ -445,24 +503,47 @@ cudaError_t contract(const Call &c, const Contraction &d, const Rows &rows, cons
   const auto kernel = contract_kernel<O, Most, Finish>;
   const int64_t row_bytes = d.inner * (128 / O::values), steps = ceil_div(row_bytes, int64_t{line_bytes});
   const int64_t scales = O::step_scales ? steps : O::row_scales ? 1 : 0;
+  const bool direct = choice.ids == nullptr && rows.segments == 1 && row_bytes % 16 == 0; // rows are where a map finds them
   const Packed packed(c.scratch, window, choice.experts, steps, scales);
-  const bool early = choice.ids == nullptr && rows.capacity() <= Most;
+  if (direct) window = rows.capacity();
+  const int64_t places = rows.capacity() < window ? rows.capacity() : window; // of a launch
+  const bool early = choice.ids == nullptr && places <= Most;
   const int32_t tiles = static_cast<int32_t>(ceil_div(d.columns, int64_t{tile_columns}));
   Cut cut{tiles > 1 ? 2u : 1u, 1, 0};
-  if (early) {
-    if (const cudaError_t e = choose_cut(kernel, c, tiles, static_cast<int32_t>(steps), R::bytes, cut)) return e;
+  if (choice.ids == nullptr) {
+    if (const cudaError_t e = choose_cut(kernel, c, tiles, static_cast<int32_t>(ceil_div(places, int64_t{Most})), static_cast<int32_t>(steps), R::bytes, cut)) return e;
   } else {
-    const int64_t most = ceil_div(tiles, cut.neighbours) * (choice.ids == nullptr ? ceil_div(rows.capacity(), int64_t{Most}) : rows.capacity());
-    const int64_t fit = c.processors / cut.neighbours;
-    cut.clusters = static_cast<uint32_t>(most < fit ? most : fit);
+    cut.clusters = static_cast<uint32_t>(ceil_div(tiles, cut.neighbours) * places);
   }
+  const uint32_t fit = c.processors / cut.neighbours;
+  if (cut.parts == 1 && !early && cut.clusters > fit) cut.clusters = fit; // which then take tiles in turn
+  Problem problem{};
+  if (const cudaError_t e = map_of(w, line_bytes, line_bytes, choice.experts * tiles * steps * tile_columns, tile_columns, false, problem.w)) return e;
+  problem.direct = direct;
+  if (direct) {
+    for (int i = 0; i < 5; ++i)
+      if (const cudaError_t e = map_of(x, row_bytes, row_bytes, rows.capacity(), row_size(i) / static_cast<int>(cut.neighbours), true, problem.x[i])) return e;
+    problem.heads = rows.per_token ? rows.heads : nullptr;
+    problem.heads_rows = static_cast<int32_t>(rows.count);
+    problem.xs = xs;
+  }
+  problem.ws = ws;
+  problem.packed = packed;
+  if (direct && O::row_scales) problem.packed.scales = const_cast<float *>(xs);
+  problem.columns = static_cast<int32_t>(d.columns);
+  problem.tiles = tiles;
+  problem.steps = static_cast<int32_t>(steps);
+  problem.matrices = choice.experts;
+  problem.neighbours = cut.neighbours;
+  problem.parts = cut.parts;
+  problem.early = early;
+  problem.zeros = choice.zeros;
+  cudaLaunchConfig_t config;
+  cudaLaunchAttribute attributes[2];
+  if (const cudaError_t e = configure(kernel, c, cut, R::bytes, config, attributes)) return e;
   for (int64_t first = 0; first < rows.capacity(); first += window) {
-    if (const cudaError_t e = pack_rows(c, {static_cast<const uint8_t *>(x), xs, row_bytes, scales, first, window}, rows, choice, packed)) return e;
-    const Problem problem{w,     ws,    packed, static_cast<int32_t>(d.columns), tiles, static_cast<int32_t>(steps), choice.experts, cut.neighbours, cut.parts,
-                          early, choice.zeros};
-    cudaLaunchConfig_t config;
-    cudaLaunchAttribute attributes[2];
-    if (const cudaError_t e = configure(kernel, c, cut, R::bytes, config, attributes)) return e;
+    if (!direct)
+      if (const cudaError_t e = pack_rows(c, {static_cast<const uint8_t *>(x), xs, row_bytes, scales, first, window}, rows, choice, packed)) return e;
     if (const cudaError_t e = cudaLaunchKernelEx(&config, kernel, problem, finish)) return e;
   }
   return cudaSuccess;

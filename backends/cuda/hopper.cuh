@@ -27,7 +27,7 @@ struct Barrier {
   /// arrives at the barrier in the same place of another block of the cluster
   __device__ __forceinline__ void arrive_at(uint32_t block) {
     asm volatile(
-        "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\nmbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(
+        "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\nmbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(
             shared_address(this)),
         "r"(block)
         : "memory");
@@ -56,8 +56,8 @@ __device__ __forceinline__ void arrive_after_copies(Barrier &b) {
 
 // --- copies ---------------------------------------------------------------------------------------------------------------------
 
-/// Cache hints for copies: of what is read once, and of what many blocks read.
-constexpr uint64_t read_once = 0x12F0000000000000, read_often = 0x14F0000000000000;
+/// Cache hints for copies: of what is read once, of what is read again soon, and of what many blocks read.
+constexpr uint64_t read_once = 0x12F0000000000000, read_again = 0x1000000000000000, read_often = 0x14F0000000000000;
 
 /// `bytes` (a multiple of 16, both addresses too) from global to shared memory, counted by the barrier.
 __device__ __forceinline__ void bulk_copy(void *to, const void *from, uint32_t bytes, Barrier &b, uint64_t hint) {
@@ -79,6 +79,14 @@ __device__ __forceinline__ void tensor_copy(void *to, const CUtensorMap *map, in
                    shared_address(to)),
                "l"(map), "r"(x), "r"(y), "r"(shared_address(&b)), "l"(hint)
                : "memory");
+}
+/// The same to the same place of every block of the cluster in `blocks`.
+__device__ __forceinline__ void tensor_copy_to(uint16_t blocks, void *to, const CUtensorMap *map, int32_t x, int32_t y, Barrier &b, uint64_t hint) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5, %6;" ::
+          "r"(shared_address(to)),
+      "l"(map), "r"(x), "r"(y), "r"(shared_address(&b)), "h"(blocks), "l"(hint)
+      : "memory");
 }
 /// 16 bytes by this thread; zeros when `there` is false.
 __device__ __forceinline__ void copy_16(void *to, const void *from, bool there) {
@@ -104,8 +112,12 @@ __device__ __forceinline__ uint32_t address_in(uint32_t block, uint32_t address)
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(block));
   return there;
 }
-__device__ __forceinline__ void store_in_cluster(uint32_t address, float x) { asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address), "f"(x) : "memory"); }
-__device__ __forceinline__ void store_in_cluster(uint32_t address, int32_t x) { asm volatile("st.shared::cluster.s32 [%0], %1;" ::"r"(address), "r"(x) : "memory"); }
+/// 16 bytes of another block's shared memory.
+__device__ __forceinline__ uint4 load_in_cluster(uint32_t address) {
+  uint4 v;
+  asm volatile("ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");
+  return v;
+}
 
 // --- warpgroup products -----------------------------------------------------------------------------------------------------------
 

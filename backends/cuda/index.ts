@@ -3,9 +3,11 @@
 import { type DType, dtypes } from "../../ir/type.ts";
 import type { Backend } from "../backend.ts";
 import { tokenKernels } from "../tokens.ts";
+import { appendKernel } from "./append.ts";
 import { arches, assemble } from "./assemble.ts";
 import { attentionKernels, kv } from "./attention.ts";
 import { linearKernels } from "./linear.ts";
+import { routeKernel } from "./route.ts";
 import { rowKernel } from "./rows.ts";
 
 const backend: Backend = {
@@ -14,7 +16,14 @@ const backend: Backend = {
   device: "cuda",
   arches,
   dtypes: dtypes as readonly DType[],
-  kernels: [...linearKernels, ...attentionKernels, ...tokenKernels(new URL(import.meta.url)), rowKernel],
+  kernels: [
+    ...linearKernels,
+    ...attentionKernels,
+    appendKernel,
+    routeKernel,
+    ...tokenKernels(new URL(import.meta.url)),
+    rowKernel,
+  ],
   kv,
   assemble,
 };

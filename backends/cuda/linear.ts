@@ -202,7 +202,7 @@ const match =
         matrices,
         perToken: counted.perToken,
         count: counted.count,
-        mostRows: places <= 64 ? 64 : places <= 128 ? 128 : 256,
+        mostRows: places <= 64 ? 64 : 128,
         window,
         choices: grouped ? (shapeOf(operand("ids"))[1] as number) : 1,
         first: (contraction.attrs.first as number | undefined) ?? 0,
@@ -211,8 +211,12 @@ const match =
       scratch: unit === undefined ? 0 : bytes,
       layouts: unit === undefined ? {} : { [indexOf("w")]: tiles },
       about,
+      ...(unit === "E4m3" ? { inexact: codeSums } : {}),
     };
   };
+
+/** Within a block of 128 columns; blocks are added up in f32. */
+const codeSums = { ofLargest: 2 ** -11, why: "the 8-bit units of Hopper keep about 13 bits of a sum" };
 
 const template = (name: string, grouped: boolean): KernelTemplate => {
   const text = loadTemplate(new URL(`./kernels/${name}.hbs`, import.meta.url));

@@ -21,6 +21,7 @@ struct Packed {
   Group *groups;    // for each matrix, and then of rows that meet none
   int64_t places, blocks, scale_blocks;
 
+  Packed() = default;
   /// linear.ts has the same sizes
   static int64_t places_for(int64_t window, int64_t matrices) { return (window + 8 * matrices + 256 + 31) / 32 * 32; }
   Packed(uint8_t *scratch, int64_t window, int64_t matrices, int64_t line_blocks, int64_t scale_blocks_)
@@ -39,6 +40,9 @@ struct Packing {
   int64_t row_bytes, scales; // of a row of x
   int64_t first, window;
 };
+
+/// Pieces that a thread has in flight.
+constexpr int pieces_at_once = 4;
 
 /// Piece i of a row of `size` bytes. Aligned: rows start at multiples of 16 bytes.
 template <bool Aligned>
@@ -79,26 +83,42 @@ template <bool Aligned>
 __global__ void __launch_bounds__(256) pack_all(Packing from, Rows rows, Packed to) {
   let_successor_start();
   after_predecessor();
+  const bool simple = rows.segments == 1; // then places are known before it is known which of them have rows
+  const int64_t end = from.first + from.window < rows.capacity() ? from.window : rows.capacity() - from.first;
+  const int64_t thread = blockIdx.y * 256 + threadIdx.x, threads = gridDim.y * 256;
   int64_t seen;
-  if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x < 32) {
-    if (place_of(rows, from.first + from.window, seen) >= 0) seen = from.first + from.window;
-    const int64_t count = seen - from.first;
+  for (int64_t row = blockIdx.x; row < end; row += gridDim.x) {
+    const int64_t place = simple ? from.first + row : place_of(rows, from.first + row, seen);
+    if (place < 0) break;
+    const float scale = thread < from.scales ? from.xs[place * from.scales + thread] : 0;
+    for (int64_t i = thread; i < 8 * to.blocks; i += pieces_at_once * threads) {
+      uint4 pieces[pieces_at_once];
+#pragma unroll
+      for (int n = 0; n < pieces_at_once; ++n) pieces[n] = piece_of<Aligned>(from.x + place * from.row_bytes, from.row_bytes, i + n * threads);
+      if (simple && place >= rows.size(0)) break;
+#pragma unroll
+      for (int n = 0; n < pieces_at_once; ++n)
+        if (i + n * threads < 8 * to.blocks) put_piece(to, row, i + n * threads, pieces[n]);
+    }
+    if (simple && place >= rows.size(0)) break;
+    if (thread < from.scales) to.scales[thread * to.places + row] = scale;
+    for (int64_t i = thread + threads; i < from.scales; i += threads) to.scales[i * to.places + row] = from.xs[place * from.scales + i];
+    if (thread == 0) to.targets[row] = static_cast<int32_t>(place);
+  }
+  if (blockIdx.x == gridDim.x - 1 && blockIdx.y == 0 && threadIdx.x < 32) {
+    if (simple)
+      seen = rows.size(0);
+    else if (place_of(rows, from.first + from.window, seen) >= 0)
+      seen = from.first + from.window;
+    const int64_t count = seen - from.first < from.window ? seen - from.first : from.window;
     if (threadIdx.x == 0) {
       to.groups[0] = {0, static_cast<int32_t>(count < 0 ? 0 : count)};
       to.groups[1] = {0, 0};
     }
   }
-  const int64_t thread = blockIdx.y * 256 + threadIdx.x, threads = gridDim.y * 256;
-  for (int64_t row = blockIdx.x; row < from.window; row += gridDim.x) {
-    const int64_t place = place_of(rows, from.first + row, seen);
-    if (place < 0) return;
-    for (int64_t i = thread; i < 8 * to.blocks; i += threads) put_piece(to, row, i, piece_of<Aligned>(from.x + place * from.row_bytes, from.row_bytes, i));
-    for (int64_t i = thread; i < from.scales; i += threads) to.scales[i * to.places + row] = from.xs[place * from.scales + i];
-    if (thread == 0) to.targets[row] = static_cast<int32_t>(place);
-  }
 }
 
-constexpr int pack_threads = 512, pack_listed = 256;
+constexpr int pack_threads = 512, pack_listed = 256, ids_at_once = 4;
 
 /// Rows that each meet the matrix of their expert, or none. Every block counts all rows of the window, so that it knows where those of its share
 /// go: in ascending order within each matrix.
@@ -106,6 +126,7 @@ template <bool Aligned>
 __global__ void __launch_bounds__(pack_threads) pack_chosen(Packing from, Rows rows, Choice choice, Packed to) {
   __shared__ int32_t total[most_matrices + 1], next[most_matrices + 1];
   __shared__ int32_t packed[pack_listed], source[pack_listed];
+  __shared__ uint32_t listed;
   let_successor_start();
   after_predecessor();
   const int32_t none = choice.experts;
@@ -120,13 +141,19 @@ __global__ void __launch_bounds__(pack_threads) pack_chosen(Packing from, Rows r
     const int32_t matrix = choice.matrix(at);
     return matrix < 0 ? none : matrix;
   };
-  for (int64_t base = from.first; base < end; base += pack_threads) {
-    const int64_t at = base + threadIdx.x;
-    const int32_t matrix = matrix_of(at);
-    const uint32_t alike = __match_any_sync(0xFFFFFFFFu, matrix * 2 + (at < begin ? 1 : 0));
-    if (matrix < 0 || __ffs(alike) - 1 != lane) continue;
-    atomicAdd(&total[matrix], __popc(alike));
-    if (at < begin) atomicAdd(&next[matrix], __popc(alike));
+  for (int64_t base = from.first + threadIdx.x; base - threadIdx.x < end; base += ids_at_once * pack_threads) {
+    int32_t matrices[ids_at_once];
+#pragma unroll
+    for (int n = 0; n < ids_at_once; ++n) matrices[n] = matrix_of(base + n * pack_threads);
+#pragma unroll
+    for (int n = 0; n < ids_at_once; ++n) {
+      const int32_t matrix = matrices[n], before = base + n * pack_threads < begin ? 1 : 0;
+      const uint32_t alike = __match_any_sync(0xFFFFFFFFu, matrix * 2 + before);
+      if (matrix >= 0 && __ffs(alike) - 1 == lane) {
+        atomicAdd(&total[matrix], __popc(alike));
+        if (before != 0) atomicAdd(&next[matrix], __popc(alike));
+      }
+    }
   }
   __syncthreads();
   if (threadIdx.x < 32) {
@@ -148,30 +175,64 @@ __global__ void __launch_bounds__(pack_threads) pack_chosen(Packing from, Rows r
   }
   for (int64_t list = begin; list < share_end; list += pack_listed) {
     __syncthreads();
-    if (threadIdx.x < 32)
-      for (int i = static_cast<int>(lane); i < pack_listed; i += 32) {
-        const int64_t at = list + i;
+    if (threadIdx.x < 32) {
+      int owned = 0;
+      for (int first = 0; first < pack_listed && list + first < share_end; first += 32) {
+        const int64_t at = list + first + lane;
         const int32_t matrix = at < share_end ? matrix_of(at) : -1;
-        const uint32_t alike = __match_any_sync(0xFFFFFFFFu, matrix);
-        const int32_t row = matrix < 0 ? 0 : next[matrix] + __popc(alike & ((1u << lane) - 1));
+        const uint32_t alike = __match_any_sync(0xFFFFFFFFu, matrix), below = (1u << lane) - 1;
+        const int32_t row = matrix < 0 ? 0 : next[matrix] + __popc(alike & below);
         __syncwarp();
         if (matrix >= 0) {
           if (__ffs(alike) - 1 == lane) next[matrix] = row + __popc(alike);
           to.targets[row] = static_cast<int32_t>(at);
         }
-        packed[i] = matrix < 0 || matrix == none ? -1 : row;
-        source[i] = matrix < 0 ? 0 : static_cast<int32_t>(choice.source(at));
+        const bool own = matrix >= 0 && matrix != none;
+        const uint32_t owners = __ballot_sync(0xFFFFFFFFu, own);
+        if (own) {
+          packed[owned + __popc(owners & below)] = row;
+          source[owned + __popc(owners & below)] = static_cast<int32_t>(choice.source(at));
+        }
+        owned += __popc(owners);
         __syncwarp();
       }
+      if (lane == 0) listed = owned;
+    }
     __syncthreads();
-    const int listed = static_cast<int>(share_end - list < pack_listed ? share_end - list : pack_listed);
-    for (int n = 0; n < listed; ++n) {
-      if (packed[n] < 0) continue;
-      const uint8_t *const row = from.x + source[n] * from.row_bytes;
-      for (int64_t i = threadIdx.x; i < 8 * to.blocks; i += pack_threads) put_piece(to, packed[n], i, piece_of<Aligned>(row, from.row_bytes, i));
-      for (int64_t i = threadIdx.x; i < from.scales; i += pack_threads) to.scales[i * to.places + packed[n]] = from.xs[source[n] * from.scales + i];
+    const uint32_t of_row = static_cast<uint32_t>(8 * to.blocks), pieces = listed * of_row, scales = static_cast<uint32_t>(from.scales);
+    for (uint32_t first = threadIdx.x; first < pieces; first += pieces_at_once * pack_threads) {
+      uint4 got[pieces_at_once];
+#pragma unroll
+      for (int n = 0; n < pieces_at_once; ++n) {
+        const uint32_t i = first + n * pack_threads, row = i / of_row;
+        if (i < pieces) got[n] = piece_of<Aligned>(from.x + source[row] * from.row_bytes, from.row_bytes, i - row * of_row);
+      }
+#pragma unroll
+      for (int n = 0; n < pieces_at_once; ++n) {
+        const uint32_t i = first + n * pack_threads, row = i / of_row;
+        if (i < pieces) put_piece(to, packed[row], i - row * of_row, got[n]);
+      }
+    }
+    for (uint32_t first = threadIdx.x; first < listed * scales; first += pieces_at_once * pack_threads) {
+      float got[pieces_at_once];
+#pragma unroll
+      for (int n = 0; n < pieces_at_once; ++n) {
+        const uint32_t i = first + n * pack_threads, row = i / scales;
+        if (i < listed * scales) got[n] = from.xs[source[row] * from.scales + i - row * scales];
+      }
+#pragma unroll
+      for (int n = 0; n < pieces_at_once; ++n) {
+        const uint32_t i = first + n * pack_threads, row = i / scales;
+        if (i < listed * scales) to.scales[(i - row * scales) * to.places + packed[row]] = got[n];
+      }
     }
   }
+}
+
+/// With as much shared memory as the kernels that follow: a processor that had to be divided anew would have to be empty first.
+template <class Kernel>
+cudaError_t prefer_shared(Kernel *kernel) {
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
 }
 
 /// `choice` of all rows: no_choice.
@@ -182,10 +243,14 @@ inline cudaError_t pack_rows(const Call &c, const Packing &from, const Rows &row
     const uint32_t across = static_cast<uint32_t>(window < 512 ? window : 512);
     const int64_t pieces = ceil_div(8 * to.blocks, int64_t{256}), wanted = ceil_div(int64_t{2 * c.processors}, int64_t{across});
     const dim3 blocks(across, static_cast<uint32_t>(pieces < wanted ? pieces : wanted));
-    return launch(aligned ? pack_all<true> : pack_all<false>, blocks, dim3(256), 0, c, from, rows, to);
+    const auto kernel = aligned ? pack_all<true> : pack_all<false>;
+    if (const cudaError_t e = prefer_shared(kernel)) return e;
+    return launch(kernel, blocks, dim3(256), 0, c, from, rows, to);
   }
   const dim3 blocks(static_cast<uint32_t>(window < 2 * c.processors ? window : 2 * c.processors));
-  return launch(aligned ? pack_chosen<true> : pack_chosen<false>, blocks, dim3(pack_threads), 0, c, from, rows, choice, to);
+  const auto kernel = aligned ? pack_chosen<true> : pack_chosen<false>;
+  if (const cudaError_t e = prefer_shared(kernel)) return e;
+  return launch(kernel, blocks, dim3(pack_threads), 0, c, from, rows, choice, to);
 }
 
 }  // namespace s3
