@@ -5,6 +5,7 @@ import { type Certificate, checkSchedule, checkShared } from "../ir/check.ts";
 import { UserError } from "../ir/error.ts";
 import type { Schedule } from "../ir/schedule.ts";
 import { bundleHash, fileDigest, listFiles, readJson, readManifest } from "./bundle.ts";
+import type { Costs } from "./costs.ts";
 import type { Progress } from "./progress.ts";
 
 /**
@@ -33,6 +34,7 @@ export const checkBundle = (bundle: string, progress: Progress): string => {
     checkWeights(bundle, manifest, schedule);
     schedules.push(schedule);
   }
+  checkCosts(bundle, manifest);
   const apart = checkShared(schedules);
   if (apart !== undefined) fail(`the schedules do not share weights and KV: ${apart}`);
   report.push(`weights: ${manifest.weights.map((w) => (w.file ? w.file : `${w.rank} drawn from seed ${w.seed}`)).join(", ")}`);
@@ -68,6 +70,14 @@ const checkHashes = (bundle: string, progress: Progress): string => {
   }
   progress.end();
   return `files: ${sums.size}, ${(total / 2 ** 20).toFixed(1)} MiB, all hashes right`;
+};
+
+/** The costs name every kernel of the manifest. */
+const checkCosts = (bundle: string, manifest: Manifest): void => {
+  const costs = readJson(join(bundle, "costs.json")) as Costs;
+  for (const { role, kernels } of manifest.programs)
+    for (const { name } of kernels)
+      if (costs[role]?.[name] === undefined) fail(`costs.json: kernel ${name} of the ${role} side is missing`);
 };
 
 interface PackedHeader {

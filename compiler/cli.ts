@@ -5,6 +5,7 @@ import { Command, CommanderError, InvalidArgumentError, Option } from "commander
 import { checkBackend, reportText } from "../backends/conformance.ts";
 import { loadBackend } from "../backends/index.ts";
 import { UserError } from "../ir/error.ts";
+import { type BenchOptions, bench } from "./bench.ts";
 import { readManifest } from "./bundle.ts";
 import { checkBundle } from "./check_bundle.ts";
 import { type CompileOptions, compile } from "./compile.ts";
@@ -83,7 +84,7 @@ program
 
 const runner = (command: Command): Command =>
   command
-    .addOption(new Option("--transport <name>", "how ranks reach each other").choices(["local", "shm"]).default("shm"))
+    .addOption(new Option("--transport <name>", "how ranks reach each other").choices(["local", "shm", "cuda"]).default("shm"))
     .option("--threads <n>", "threads of each rank (default: the cores shared out)", positive)
     .addOption(new Option("--isa <name>", "instruction set to force").choices(["baseline", "avx2", "avx512", "amx"]))
     .option("--strict", "treat every broken exchange contract as an error that names slot and step")
@@ -180,6 +181,21 @@ program
   .argument("<bundle | graph>")
   .action((path: string) => {
     process.stdout.write(inspect(path));
+  });
+
+program
+  .command("bench")
+  .description("time every kernel and segment of a bundle against what this machine can do at best")
+  .argument("<bundle>")
+  .option("--schedule <name>", "prefill or decode (default: decode)")
+  .option("--rows <n>", "rows of each slot (default: as many as it holds)", positive)
+  .option("--context <n>", "tokens that each row attends to (default: the bundle's most)", positive)
+  .option("--threads <n>", "threads of the rank (default: the cores shared out)", positive)
+  .addOption(new Option("--role <role>", "measure one side only").choices(["attention", "ffn"]))
+  .option("--json", "the whole report as JSON")
+  .option("--html <file>", "write a page with a roofline plot")
+  .action(async (bundle: string, options: BenchOptions) => {
+    process.stdout.write(await bench(bundle, options, progress));
   });
 
 program

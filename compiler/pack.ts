@@ -9,11 +9,13 @@ import type { RankProgram, Schedule } from "../ir/schedule.ts";
 import { type BundleWriter, createBundle } from "./bundle.ts";
 import { certify } from "./certify.ts";
 import type { CompileOptions } from "./compile.ts";
+import { costsOf } from "./costs.ts";
 import type { Emission, Role, Side } from "./emit.ts";
 import { memoryReport } from "./memory.ts";
 import { type Model, tokenizerPaths } from "./model.ts";
 import { packageRoot } from "./package_root.ts";
 import type { Progress } from "./progress.ts";
+import { selftest } from "./selftest.ts";
 import { tokenizerFiles } from "./tokenizer.ts";
 import { version } from "./version.ts";
 import { isConstant, type PlacedWeight, seededSource, type WeightsPlan, writeWeights } from "./weights.ts";
@@ -57,7 +59,9 @@ export const packBundle = async (compiled: Compiled, progress: Progress): Promis
       const { backend, arch } = compiled.sides[role];
       for (const [path, text] of backend.assemble({ role, arch, kernels: emission.kernels[role] }))
         bundle.text(`programs/${role}/${path}`, text);
+      bundle.bytes(`selftest/${role}.cases`, selftest(emission, role, compiled.kv));
     }
+    bundle.json("costs.json", costsOf(emission));
     packRuntime(bundle);
     for (const { name, path } of tokenizerPaths(model, tokenizerFiles)) bundle.text(name, readFileSync(path, "utf8"));
     bundle.text("manifest.json", `${JSON.stringify({ ...manifest, wire: schedules[0]?.wire ?? "" }, null, 1)}\n`);

@@ -260,7 +260,7 @@ class Bench {
 
   void fillInputs() {
     fillHeads(rows_);
-    const std::uint64_t pages = bundle_.manifest.kv ? bundle_.manifest.kv->pages : 2, each = pagesOfSequence();
+    const std::uint64_t pages = bundle_.manifest.kv ? std::max<std::uint64_t>(bundle_.manifest.kv->pages, 2) : 2, each = pagesOfSequence();
     for (const Buffer &b : program_.buffers) {
       if (b.region != Region::input || b.bytes == 0) continue;
       const std::uint64_t per_row = std::max<std::uint64_t>(1, b.bytes / b.width / schedule_.rows);

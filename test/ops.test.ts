@@ -504,6 +504,22 @@ describe("fused", () => {
     expect(cost).toEqual({ flops: 24 * 5 + 24, bytes: 48 + 16 + 48 + 6 });
   });
 
+  test("costs the rows of a table that are in use, and what its ops move of states", () => {
+    const b = new Builder("body", [{ name: "T", min: 0, max: 9, multiple: 1, source: "host" }]);
+    const table = b.input("table", tensor("bf16", [1000, 8]));
+    const ids = b.input("ids", tensor("i32", ["T"]));
+    const pages = b.input("pages", tensor("i32", ["T", 4]));
+    const position = b.input("position", tensor("i32", ["T"]));
+    const state = b.state("state", { kind: "kv", dtype: "bf16", heads: 1, dim: 8 });
+    const row = b.op("gather", [table, ids], {}, ["row"]);
+    b.output(b.op("kv_append", [state, row, row, pages, position], {}, ["appended"]));
+    const built = b.build();
+    const inner: Graph = { ...built, inputs: [...built.inputs, state], states: [] };
+    const types = inner.inputs.map((v) => v.type);
+    // a row of the table is 16 bytes; so are the K and the V that are written
+    expect(knowledge("fused").cost(types, {}, new Map([["T", 3]]), inner).bytes).toBe(3 * (16 + 4 + 16 + 4 + 32));
+  });
+
   test("refuses inputs that are not its body's", () => {
     const types = [tensor("bf16", ["T", 8]), tensor("f32", [8])];
     expect(() => inferTypes("fused", types, {}, body())).toThrow("fused: input 'w' of the body is bf16[8], got f32[8]");

@@ -19,6 +19,9 @@ const isas: readonly { readonly name: string; readonly flags: string; readonly e
   { name: "baseline", flags: "-march=x86-64", emulated: "" },
 ];
 
+/** Kernels that every program has besides its own (ceilings.h): what the processor can do at best. */
+const ceilings = ["ceiling_launch", "ceiling_read", "ceiling_f32", "ceiling_bf16"].map((name) => ({ name, scratch: 0 }));
+
 const headers: readonly string[] = ["formats.h", "rows.h", "choose.h", "simd.h", "panels.h", "contract.h", "attention.h"];
 
 const part = (name: string): Template => loadTemplate(new URL(`./program/${name}.hbs`, import.meta.url));
@@ -43,18 +46,19 @@ const splitHeaders = (text: string): { readonly own: readonly string[]; readonly
 };
 
 export const assemble = (program: ProgramSource): ReadonlyMap<string, string> => {
-  const kernels = program.kernels.map(({ name, scratch }) => ({ name, scratch }));
+  const kernels = [...program.kernels.map(({ name, scratch }) => ({ name, scratch })), ...ceilings];
   const texts = program.kernels.map((k) => splitHeaders(k.text));
-  const files = kinds.flatMap(({ name, inFile, mostFiles }) => {
-    const own = texts.filter((t) => t.own.length > 0 === (name === "rows"));
-    const count = Math.min(mostFiles, Math.ceil(own.length / inFile));
+  const own = kinds.flatMap(({ name, inFile, mostFiles }) => {
+    const alike = texts.filter((t) => t.own.length > 0 === (name === "rows"));
+    const count = Math.min(mostFiles, Math.ceil(alike.length / inFile));
     // dealt out in turn, so that kernels of one kind, which take the compiler equally long, spread over the files
     return Array.from({ length: count }, (_, i): [string, string] => {
-      const dealt = own.filter((_, n) => n % count === i);
+      const dealt = alike.filter((_, n) => n % count === i);
       const needed = headers.filter((h) => name === "kernels" || dealt.some((t) => t.own.includes(h)));
       return [`${name}_${i}.cpp`, unit({ headers: needed, kernels: dealt.map((t) => t.rest) })];
     });
   });
+  const files = [...own, ["ceilings.cpp", unit({ headers: ["ceilings.h"], kernels: [] })] as const];
   return new Map([
     ["CMakeLists.txt", cmake({ role: program.role, files: files.map(([name]) => name), isas })],
     ["program.cpp", dispatch({ isas, count: kernels.length })],
@@ -62,6 +66,6 @@ export const assemble = (program: ProgramSource): ReadonlyMap<string, string> =>
     ...files,
     ["step3.h", loadText(new URL("../../runtime/step3.h", import.meta.url))],
     ["scalar.h", scalarHeader()],
-    ...headers.map((name): [string, string] => [name, loadText(new URL(`./${name}`, import.meta.url))]),
+    ...[...headers, "ceilings.h"].map((name): [string, string] => [name, loadText(new URL(`./${name}`, import.meta.url))]),
   ]);
 };

@@ -1,10 +1,10 @@
 import type { Attrs } from "../attr.ts";
-import { bindSymbols, cost } from "../bind.ts";
+import { bindSymbols, bytesOf } from "../bind.ts";
 import * as expect from "../expect.ts";
 import type { Graph, Op, Value } from "../graph.ts";
 import { interpret } from "../interpret.ts";
 import type { Datum, Knowledge, Sample } from "../op.ts";
-import { sameType, type TensorType, tensor, typeText } from "../type.ts";
+import { sameType, type TensorType, type Type, tensor, typeText } from "../type.ts";
 
 type Lookup = (kind: string) => Knowledge;
 
@@ -164,12 +164,23 @@ export const fusedWith = (knowledge: Lookup): Knowledge => ({
   },
   cost(inputs, _, symbols, given) {
     const body = bodyOf(given);
-    const flopsOf = (op: Op): number => {
+    const sum = (types: readonly Type[]): number => types.reduce((n, t) => n + bytesOf(t, symbols), 0);
+    let [flops, states] = [0, 0];
+    const read = new Map<string, number>(); // of tables: bytes of the rows in use
+    for (const op of body.ops) {
       const types = op.inputs.map((v) => v.type);
-      return knowledge(op.kind).cost(types, op.attrs, symbols, op.body).flops;
-    };
-    const flops = body.ops.reduce((n, op) => n + flopsOf(op), 0);
-    return cost(flops, [...inputs, ...body.outputs.map((v) => v.type)], symbols);
+      const own = knowledge(op.kind).cost(types, op.attrs, symbols, op.body);
+      flops += own.flops;
+      const more = own.bytes - sum([...types, ...op.outputs.map((v) => v.type)]);
+      if (more > 0) states += more;
+      const [table] = op.inputs.toSorted((x, y) => bytesOf(y.type, symbols) - bytesOf(x.type, symbols));
+      if (more < 0 && table) read.set(table.name, (read.get(table.name) ?? 0) + bytesOf(table.type, symbols) + more);
+    }
+    const operands = inputs.map((type, i) => {
+      const bytes = bytesOf(type, symbols);
+      return Math.min(bytes, read.get(body.inputs[i]?.name ?? "") ?? bytes);
+    });
+    return { flops, bytes: operands.reduce((n, b) => n + b, 0) + sum(body.outputs.map((v) => v.type)) + states };
   },
   // made when asked for: the registry is not complete before this object is in it
   get samples() {

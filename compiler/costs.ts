@@ -1,0 +1,106 @@
+/** What a launch of each kernel has to do, as functions of the rows it gets: `costs.json` of a bundle, from what is known of the ops. */
+import type { Graph, Op, Value } from "../ir/graph.ts";
+import { expertBytes } from "../ir/ops/grouped.ts";
+import { knowledge } from "../ir/ops/index.ts";
+import type { TensorType } from "../ir/type.ts";
+import { type Emission, type Role, roleOf } from "./emit.ts";
+
+/** By role, then by kernel. */
+export type Costs = { readonly format: 1 } & Readonly<Record<Role, Readonly<Record<string, KernelCost>>>>;
+
+export interface KernelCost {
+  /** the op and its shapes */
+  readonly about: string;
+  /** what its products are made with: a narrower type has the higher peak */
+  readonly unit: "f32" | "bf16" | "fp8" | "int8";
+  readonly flops: Work;
+  /** each operand once, each result once, weights once a launch */
+  readonly bytes: Work;
+  /** of weights that rows choose among: the launch argument i32[rows, n] with the choices, and which numbers are this rank's */
+  readonly experts?: { readonly argument: number; readonly first: number; readonly count: number };
+}
+
+/** base + row * rows + rowContext * context + expert * experts + pair * pairs. */
+export interface Work {
+  readonly base: number;
+  readonly row: number;
+  /** each cached token: for flops of each row, for bytes of each sequence, whose rows read them together */
+  readonly rowContext: number;
+  /** each expert that some row chose */
+  readonly expert: number;
+  /** each choice of an expert that is this rank's */
+  readonly pair: number;
+}
+
+/** Costs of the kernels of a graph. Kernels are one when their text is, so the first op of each speaks for the others. */
+export const costsOf = (emission: Emission): Costs => {
+  const costs: Record<Role, Record<string, KernelCost>> = { attention: {}, ffn: {} };
+  for (const op of emission.graph.ops) {
+    if (!emission.has(op)) continue;
+    const kernel = emission.kernelOf(op);
+    costs[roleOf(op.place)][kernel.name] ??= { about: kernel.about, ...costOf(op, emission.graph) };
+  }
+  return { format: 1, ...costs };
+};
+
+/** A contraction, or attention, that an op is or begins with, and its inputs as those of the op. */
+interface Product {
+  readonly op: Op;
+  index(input: string): number;
+}
+
+const productOf = (op: Op): Product | undefined => {
+  const isProduct = ({ kind }: Op): boolean => kind.endsWith("linear") || kind === "attention";
+  const product = isProduct(op) ? op : op.body?.ops.find(isProduct);
+  if (product === undefined) return undefined;
+  const inputs = product === op ? op.inputs : (op.body as Graph).inputs;
+  return {
+    op: product,
+    index: (input) => {
+      const value = product.inputs[knowledge(product.kind).inputs.indexOf(input)];
+      return inputs.findIndex((v) => v.name === value?.name);
+    },
+  };
+};
+
+const unitOf = (product: Product | undefined, op: Op): KernelCost["unit"] => {
+  if (product === undefined) return "f32";
+  const { dtype } = (op.inputs[product.index(product.op.kind === "attention" ? "state" : "w")] as Value).type;
+  if (dtype === "f32" || dtype === "f64") return "f32";
+  if (product.op.kind === "attention" || dtype === "bf16" || dtype === "f16") return "bf16"; // its rows stay bf16 whatever the cache is
+  return dtype === "i8" ? "int8" : "fp8";
+};
+
+const costOf = (op: Op, graph: Graph): Omit<KernelCost, "about"> => {
+  const types = op.inputs.map((v) => v.type);
+  const at = (rows: number, context: number): { flops: number; bytes: number } => {
+    const symbols = new Map(graph.symbols.map((s) => [s.name, s.name === "T" ? rows : s.max]));
+    return knowledge(op.kind).cost(types, op.attrs, symbols.set("context", context), op.body);
+  };
+  const [none, row, token] = [at(0, 0), at(1, 0), at(1, 1)];
+  const work = (of: "flops" | "bytes"): Work => ({
+    base: none[of],
+    row: row[of] - none[of],
+    rowContext: token[of] - row[of],
+    expert: 0,
+    pair: 0,
+  });
+  const [flops, bytes] = [work("flops"), work("bytes")];
+  const product = productOf(op);
+  const unit = unitOf(product, op);
+  if (product === undefined || !product.op.kind.endsWith("grouped_linear")) return { unit, flops, bytes };
+
+  // weights are read of the experts that were chosen, and products made of the choices that are this rank's
+  const typeOf = (name: string): TensorType => types[product.index(name)] as TensorType;
+  const [w, ids] = [typeOf("w"), typeOf("ids")];
+  const [count, columns, inner] = w.shape as readonly [number, number, number];
+  const weights = ["w", "ws"].filter((name) => product.index(name) >= 0);
+  const expert = weights.reduce((n, name) => n + expertBytes(typeOf(name), 1, new Map()), 0);
+  const pair = 2 * columns * inner;
+  return {
+    unit,
+    flops: { ...flops, row: flops.row - pair * (ids.shape[1] as number), pair },
+    bytes: { ...bytes, base: bytes.base - expert * count, expert },
+    experts: { argument: product.index("ids"), first: (product.op.attrs.first as number | undefined) ?? 0, count },
+  };
+};
