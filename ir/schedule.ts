@@ -43,6 +43,8 @@ export interface Key {
   readonly field: string;
   readonly source: string;
   readonly target: string;
+  /** which part of the FFN rank's buffer; absent: part `a`. Only a schedule whose ranks stand for others has it (bench/emulate.ts). */
+  readonly segment?: number;
 }
 
 /**

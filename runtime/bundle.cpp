@@ -478,6 +478,8 @@ class ScheduleReader {
       k.f = static_cast<std::uint32_t>(v["f"].whole(0, static_cast<std::int64_t>(manifest_.ffn) - 1));
       k.slot = static_cast<std::uint32_t>(v["slot"].whole(0, s_.slots - 1));
       k.field = v["field"].text();
+      const Json *segment = v.find("segment");
+      k.segment = segment ? static_cast<std::uint32_t>(segment->whole(0, 1023)) : k.a;
       const RankProgram &attention = s_.program({Role::attention, k.a}), &ffn = s_.program({Role::ffn, k.f});
       const RankProgram &from = k.push ? attention : ffn, &to = k.push ? ffn : attention;
       k.source = named(from, v["source"]);
@@ -492,8 +494,9 @@ class ScheduleReader {
           k.row = f.row;
         }
       if (k.types == 0) v["field"].refuse(say("no type of exchange has a field '", k.field, "'"));
-      room(v, from, k.source, k.push ? 1 : manifest_.attention, k);
-      room(v, to, k.target, k.push ? manifest_.attention : 1, k);
+      const std::uint32_t segments = segment ? std::max(k.segment + 1, ffn.buffers[k.push ? k.target : k.source].segments) : manifest_.attention;
+      room(v, from, k.source, k.push ? 1 : segments, k);
+      room(v, to, k.target, k.push ? segments : 1, k);
       s_.keys.push_back(std::move(k));
     }
     if (s_.keys.size() > (1u << 20)) list.refuse("too many keys");

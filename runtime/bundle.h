@@ -74,6 +74,7 @@ struct Key {
   std::uint64_t key = 0;
   bool push = true;  // a2f
   std::uint32_t a = 0, f = 0, slot = 0;
+  std::uint32_t segment = 0;  // of the FFN rank's buffer
   std::string field;
   std::uint32_t source = 0, target = 0;
   std::uint64_t types = 0;  // bit i: exchange type i carries it

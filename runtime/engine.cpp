@@ -277,7 +277,7 @@ void Engine::connect() {
       key.types = k.types;
       key.row = k.row;
       key.memory = span(plan, plan.program->buffers[outgoing ? k.source : k.target]);
-      if (!attention) key.memory.off += k.a * k.bytes;
+      if (!attention) key.memory.off += k.segment * k.bytes;
       key.memory.bytes = k.bytes;
       net(transport_->bind(net_, &key));
     }

@@ -8,6 +8,8 @@
 #include <bit>
 #include <cerrno>
 #include <cstring>
+#include <thread>
+#include <vector>
 
 #include "error.h"
 
@@ -143,13 +145,22 @@ std::uint8_t f8(float f, int fraction, int bias) {
   return static_cast<std::uint8_t>(sign | exponent << fraction | static_cast<int>(u >> (23 - fraction) & ((1u << fraction) - 1)));
 }
 
+/// Elements by their index, large tensors by all processors.
 template <class T, class Make>
 void each(std::uint8_t *bytes, std::uint64_t n, Make make) {
+  constexpr std::uint64_t part = 1u << 20;
   const std::uint64_t count = n / sizeof(T);
-  for (std::uint64_t i = 0; i < count; i++) {
-    const T v = make(i);
-    std::memcpy(bytes + i * sizeof(T), &v, sizeof(T));
-  }
+  const auto range = [&](std::uint64_t from, std::uint64_t to) {
+    for (std::uint64_t i = from; i < to; i++) {
+      const T v = make(i);
+      std::memcpy(bytes + i * sizeof(T), &v, sizeof(T));
+    }
+  };
+  const std::uint64_t threads = std::min<std::uint64_t>(std::max(1u, std::thread::hardware_concurrency()), count / part + 1);
+  std::vector<std::thread> others;
+  for (std::uint64_t t = 1; t < threads; t++) others.emplace_back(range, count * t / threads, count * (t + 1) / threads);
+  range(0, count / threads);
+  for (std::thread &other : others) other.join();
 }
 
 }  // namespace
