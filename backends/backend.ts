@@ -78,7 +78,8 @@ export interface Layout {
   readonly rowBlock: number;
   /** packed bytes of one matrix */
   bytes(rows: number, columns: number, dtype: DType): number;
-  pack(tile: Tile): Uint8Array;
+  /** `into`, where given, is memory to use for the result again, `bytes(...)` of the tile's long: its old contents mean nothing */
+  pack(tile: Tile, into?: Uint8Array): Uint8Array;
 }
 
 export interface Tile {

@@ -1,10 +1,11 @@
 /**
  * Conversion of a generated, sharded bf16 checkpoint into bundles: MB/s of checkpoint beside `cp` of the same bytes, and peak memory.
- *   node dist/bench/convert.js [--gb 8] [--dir FOLDER]
- * It needs two and a half times as much free disk, and leaves nothing behind.
+ *   node dist/bench/convert.js [--gb 8] [--rounds 3] [--dir FOLDER]
+ * Each round copies once and converts once to every precision, since the speed of a disk, and of memory that a virtual machine has to ask
+ * for, changes from minute to minute; the table gives medians. It needs two and a half times as much free disk, and leaves nothing behind.
  */
 import { spawnSync } from "node:child_process";
-import { cpSync, mkdtempSync, readdirSync, rmSync, statfsSync, statSync } from "node:fs";
+import { mkdtempSync, readdirSync, rmSync, statfsSync, statSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
@@ -58,6 +59,14 @@ const report = (what: string, bytes: number, seconds: number, note: string): voi
   );
 };
 
+const median = (values: readonly number[]): number => [...values].sort((a, b) => a - b)[values.length >> 1] as number;
+
+const finish = (command: string, args: readonly string[]): string => {
+  const child = spawnSync(command, args, { encoding: "utf8", stdio: ["ignore", "pipe", "inherit"] });
+  if (child.status !== 0) throw new Error(`${command} ${args.join(" ")} failed`);
+  return child.stdout;
+};
+
 /** One conversion in this process, reported as JSON: memory is measured apart from the generator's. */
 const convertOne = async (checkpoint: string, out: string, precision: "bf16" | "fp8" | "int8"): Promise<void> => {
   const start = performance.now();
@@ -66,7 +75,9 @@ const convertOne = async (checkpoint: string, out: string, precision: "bf16" | "
   process.stdout.write(JSON.stringify(measured));
 };
 
-const all = (gigabytes: number, parent: string): void => {
+const precisions = ["bf16", "fp8", "int8"] as const;
+
+const all = (gigabytes: number, rounds: number, parent: string): void => {
   const wanted = gigabytes * 1e9;
   const { bavail, bsize } = statfsSync(parent);
   if (bavail * bsize < 2.5 * wanted) throw new Error(`${parent}: ${(2.5 * gigabytes).toFixed(0)} GB of free space are needed`);
@@ -77,35 +88,38 @@ const all = (gigabytes: number, parent: string): void => {
     const making = timed(() => writeStep3Checkpoint(checkpoint, { sizes, shards: Math.ceil(gigabytes), pooled: true }));
     const bytes = bytesIn(checkpoint);
     report("generated", bytes, making, `${(bytes / 1e9).toFixed(2)} GB, ${sizes.layers} layers`);
-    const copy = join(directory, "copy");
-    settle();
-    report(
-      "cp",
-      bytes,
-      timed(() => cpSync(checkpoint, copy, { recursive: true })),
-      "the same bytes",
-    );
-    rmSync(copy, { recursive: true });
-    for (const precision of ["bf16", "fp8", "int8"] as const) {
-      const out = join(directory, precision);
+    const copies: number[] = [];
+    const runs = precisions.map((precision) => ({ precision, out: join(directory, precision), done: [] as Measured[], size: 0 }));
+    for (let round = 1; round <= rounds; round++) {
+      const copy = join(directory, "copy");
       settle();
-      const child = spawnSync(
-        process.execPath,
-        [fileURLToPath(import.meta.url), "--one", precision, "--dir", checkpoint, "--out", out],
-        {
-          encoding: "utf8",
-          stdio: ["ignore", "pipe", "inherit"],
-        },
-      );
-      if (child.status !== 0) throw new Error(`the conversion to ${precision} failed`);
-      const { seconds, peak } = JSON.parse(child.stdout) as Measured;
+      copies.push(timed(() => void finish("cp", ["-r", checkpoint, copy])));
+      rmSync(copy, { recursive: true });
+      for (const run of runs) {
+        settle();
+        const { precision, out } = run;
+        const self = fileURLToPath(import.meta.url);
+        run.done.push(
+          JSON.parse(finish(process.execPath, [self, "--one", precision, "--dir", checkpoint, "--out", out])) as Measured,
+        );
+        run.size = bytesIn(out);
+        rmSync(out, { recursive: true });
+      }
+      const all = [copies.at(-1), ...runs.map((run) => run.done.at(-1)?.seconds)];
+      process.stdout.write(`round ${round}: ${all.map((s) => s?.toFixed(1)).join(", ")} s\n`);
+    }
+    const copying = median(copies);
+    report("cp", bytes, copying, "the same bytes");
+    for (const { precision, done, size } of runs) {
+      const seconds = median(done.map((m) => m.seconds));
+      const peak = Math.max(...done.map((m) => m.peak));
+      const share = `${((100 * copying) / seconds).toFixed(0)} % of cp's speed`;
       report(
         `bf16 to ${precision}`,
         bytes,
         seconds,
-        `peak ${(peak / 1e6).toFixed(0)} MB of memory, bundle ${(bytesIn(out) / 1e9).toFixed(2)} GB`,
+        `${share}, peak ${(peak / 1e6).toFixed(0)} MB, bundle ${(size / 1e9).toFixed(2)} GB`,
       );
-      rmSync(out, { recursive: true });
     }
   } finally {
     rmSync(directory, { recursive: true, force: true });
@@ -115,6 +129,7 @@ const all = (gigabytes: number, parent: string): void => {
 const { values } = parseArgs({
   options: {
     gb: { type: "string", default: "8" },
+    rounds: { type: "string", default: "3" },
     dir: { type: "string", default: tmpdir() },
     one: { type: "string" },
     out: { type: "string" },
@@ -122,4 +137,4 @@ const { values } = parseArgs({
 });
 if (values.one === "bf16" || values.one === "fp8" || values.one === "int8")
   await convertOne(values.dir, values.out ?? "", values.one);
-else all(Number(values.gb), values.dir);
+else all(Number(values.gb), Math.max(1, Number(values.rounds)), values.dir);

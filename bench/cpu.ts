@@ -13,6 +13,7 @@ import { createHash } from "node:crypto";
 import { existsSync, mkdirSync, renameSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { createInterface } from "node:readline";
+import { setTimeout as sleep } from "node:timers/promises";
 import onnxProto from "onnx-proto";
 import * as ort from "onnxruntime-node";
 import type { KernelPlan, Target } from "../backends/backend.ts";
@@ -33,7 +34,8 @@ const shapes = [
   [4096, 4096],
 ] as const;
 const rowCounts = [1, 4, 16, 64] as const;
-const rounds = quick ? 3 : 9;
+const rounds = quick ? 5 : 9;
+const settleMilliseconds = 100;
 
 // --- kernels ------------------------------------------------------------------------------------------------------------------
 
@@ -225,7 +227,10 @@ for (const threads of threadCounts) {
       const mine: number[] = [];
       const other: number[] = [];
       for (let round = 0; round < rounds; round++) {
+        // onnxruntime's threads spin on after a run, and ours would share the processors with them; both begin after a rest
+        await sleep(settleMilliseconds);
         mine.push(...numbers(await runner.ask(`time ${ours} ${threads} ${repeats}`)));
+        await sleep(settleMilliseconds);
         other.push(...(await theirs.time(repeats)).map((t) => t - overhead));
       }
       await theirs.release();

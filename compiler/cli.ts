@@ -2,20 +2,16 @@
 import { mkdirSync, readFileSync, writeFileSync } from "node:fs";
 import { join, resolve } from "node:path";
 import { Command, CommanderError, InvalidArgumentError, Option } from "commander";
-import { checkBackend, reportText } from "../backends/conformance.ts";
-import { loadBackend } from "../backends/index.ts";
 import { UserError } from "../ir/error.ts";
-import { type BenchOptions, bench } from "./bench.ts";
-import { readManifest } from "./bundle.ts";
-import { checkBundle } from "./check_bundle.ts";
-import { type CompileOptions, compile } from "./compile.ts";
-import { type EvalOptions, evalGraph } from "./eval.ts";
-import { generate, type Prompt, type RunnerOptions, score, windows } from "./generate.ts";
-import { inspect } from "./inspect.ts";
+import type { BenchOptions } from "./bench.ts";
+import type { CompileOptions } from "./compile.ts";
+import type { EvalOptions } from "./eval.ts";
+import type { Prompt, RunnerOptions } from "./generate.ts";
 import { progressOn } from "./progress.ts";
-import { type PromptFlags, promptsOf, readPromptFile, statisticsText } from "./prompts.ts";
-import { readTokenizer } from "./tokenizer.ts";
+import type { PromptFlags } from "./prompts.ts";
 import { version } from "./version.ts";
+
+// Each command loads what it needs when it runs: the parsers alone are hundreds of files, and --help wants none of them.
 
 const positive = (text: string): number => {
   const value = Number(text);
@@ -78,6 +74,7 @@ program
   .option("--time-passes", "print the time of every pass")
   .option("--explain <what>", "partition, or the name of a kernel or an op: say what was decided and why")
   .action(async (model: string, options: Omit<CompileOptions, "attentionRanks"> & { out?: string }) => {
+    const { compile } = await import("./compile.ts");
     const printed = await compile(model, options, progress);
     process.stdout.write(printed);
   });
@@ -108,6 +105,7 @@ runner(program.command("run").description("generate text with a bundle").argumen
   .option("--top-p <p>", "sample from the likeliest tokens with this total probability", real, 1)
   .option("--seed <n>", "seed of the first prompt; the others follow", whole, 0)
   .action(async (bundle: string, options: RunOptions) => {
+    const [{ generate }, { promptsOf, statisticsText }] = await Promise.all([import("./generate.ts"), import("./prompts.ts")]);
     const prompts = promptsOf(options);
     const single = prompts.length === 1;
     let failed = 0;
@@ -143,8 +141,9 @@ runner(program.command("score").description("teacher-forced logits and perplexit
   .action(async (bundle: string, options: RunnerOptions & { text?: string; ids?: string; json?: boolean }) => {
     if ((options.text === undefined) === (options.ids === undefined))
       throw new UserError("give one of --text FILE and --ids FILE", 2);
-    const manifest = readManifest(bundle);
-    const sequences = options.ids !== undefined ? readSequences(options.ids) : textWindows(bundle, options.text ?? "", manifest);
+    const { score } = await import("./generate.ts");
+    const sequences =
+      options.ids !== undefined ? await readSequences(options.ids) : await textWindows(bundle, options.text ?? "");
     const { total, each } = await score(bundle, sequences, options, progress);
     if (options.json) for (const [sequence, s] of each.entries()) process.stdout.write(`${JSON.stringify({ sequence, ...s })}\n`);
     const summary = { tokens: total.count, nll: total.nll, perplexity: total.perplexity };
@@ -164,6 +163,7 @@ program
   .option("--target <target>", "reference (the interpreter) or a target", "cpp")
   .addOption(new Option("--isa <name>", "instruction set to force").choices(["baseline", "avx2", "avx512", "amx"]))
   .action(async (graph: string, options: EvalOptions) => {
+    const { evalGraph } = await import("./eval.ts");
     process.stdout.write(await evalGraph(graph, options, progress));
   });
 
@@ -171,15 +171,21 @@ program
   .command("check")
   .description("verify a bundle: hashes, certificate, and that programs and weights fit the manifest")
   .argument("<bundle>")
-  .action((bundle: string) => {
+  .option("--numbers", "build it too, and compare its kernels on this machine with what the interpreter makes of the same inputs")
+  .action(async (bundle: string, options: { numbers?: boolean }) => {
+    const { checkBundle } = await import("./check_bundle.ts");
     process.stdout.write(checkBundle(bundle, progress));
+    if (!options.numbers) return;
+    const { checkNumbers } = await import("./check_numbers.ts");
+    process.stdout.write(await checkNumbers(bundle, progress));
   });
 
 program
   .command("inspect")
   .description("say what a bundle or a graph holds")
   .argument("<bundle | graph>")
-  .action((path: string) => {
+  .action(async (path: string) => {
+    const { inspect } = await import("./inspect.ts");
     process.stdout.write(inspect(path));
   });
 
@@ -195,6 +201,7 @@ program
   .option("--json", "the whole report as JSON")
   .option("--html <file>", "write a page with a roofline plot")
   .action(async (bundle: string, options: BenchOptions) => {
+    const { bench } = await import("./bench.ts");
     process.stdout.write(await bench(bundle, options, progress));
   });
 
@@ -206,6 +213,10 @@ program
   .argument("<backend>", "a built-in name[:arch], a folder or a package")
   .option("--json", "the whole report as JSON")
   .action(async (spec: string, options: { json?: boolean }) => {
+    const [{ loadBackend }, { checkBackend, reportText }] = await Promise.all([
+      import("../backends/index.ts"),
+      import("../backends/conformance.ts"),
+    ]);
     const { backend, arch } = await loadBackend(spec);
     const report = checkBackend(backend, { arch });
     process.stdout.write(options.json ? `${JSON.stringify(report)}\n` : reportText(report));
@@ -214,14 +225,22 @@ program
 
 type RunOptions = RunnerOptions & PromptFlags & { readonly json?: boolean };
 
-const readSequences = (path: string): number[][] =>
-  readPromptFile(path).map((prompt: Prompt, line: number) => {
+const readSequences = async (path: string): Promise<number[][]> => {
+  const { readPromptFile } = await import("./prompts.ts");
+  return readPromptFile(path).map((prompt: Prompt, line: number) => {
     if (prompt.error !== undefined) throw new UserError(prompt.error);
     if (prompt.prompt_ids === undefined) throw new UserError(`${path}:${line + 1}: no prompt_ids`);
     return [...prompt.prompt_ids];
   });
+};
 
-const textWindows = (bundle: string, path: string, manifest: ReturnType<typeof readManifest>): number[][] => {
+const textWindows = async (bundle: string, path: string): Promise<number[][]> => {
+  const [{ readManifest }, { readTokenizer }, { windows }] = await Promise.all([
+    import("./bundle.ts"),
+    import("./tokenizer.ts"),
+    import("./generate.ts"),
+  ]);
+  const manifest = readManifest(bundle);
   const codec = readTokenizer(bundle);
   if (codec === undefined) throw new UserError(`${bundle}: has no tokenizer.json; use --ids FILE`);
   return windows(codec, readText(path), manifest.maxContext, manifest.model.bos);

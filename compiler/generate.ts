@@ -7,6 +7,7 @@ import { UserError } from "../ir/error.ts";
 import { readManifest } from "./bundle.ts";
 import { buildBundle } from "./native.ts";
 import type { Progress } from "./progress.ts";
+import { qualify } from "./qualification.ts";
 import { type Message, readTokenizer, type TextCodec, textStream } from "./tokenizer.ts";
 
 /** One prompt as JSONL and the command line give it. */
@@ -222,6 +223,8 @@ const runNative = async (
       return {};
     }
     if (code !== 0 && code !== 1) throw new Error(`step3-run ended with ${signal ?? `code ${code}`}: ${said}`);
+    const role = manifest.programs.find((p) => p.role === options.role)?.role;
+    if (code === 0) qualify(bundle, manifest, "ran", { ...native.shown, ...(role === undefined ? {} : { role }) }, progress);
     return existsSync(statistics) ? (JSON.parse(readFileSync(statistics, "utf8")) as RunStatistics) : {};
   } finally {
     rmSync(scratch, { recursive: true, force: true });

@@ -4,6 +4,7 @@ import type { Graph } from "../ir/graph.ts";
 import { parseGraph } from "../ir/parse.ts";
 import { typeText } from "../ir/type.ts";
 import { readManifest } from "./bundle.ts";
+import { qualificationLines } from "./qualification.ts";
 
 /** Says in a few lines what a bundle, or a graph in its textual form, holds. */
 export const inspect = (path: string): string => {
@@ -30,6 +31,7 @@ const inspectBundle = (bundle: string): string => {
     ...m.memory.map(
       (r) => `  ${r.rank.padEnd(9)}${[r.weights, r.kv, r.exchange, r.scratch, r.io, r.total].map((b) => ` ${mib(b)}`).join("")}`,
     ),
+    ...qualificationLines(bundle),
   ];
   return `${lines.join("\n")}\n`;
 };

@@ -6,12 +6,15 @@ import { join, resolve } from "node:path";
 import type { Manifest } from "../ir/bundle.ts";
 import { UserError } from "../ir/error.ts";
 import type { Progress } from "./progress.ts";
+import { qualify, type Shown } from "./qualification.ts";
 
 /** What a bundle is once built on this machine. */
 export interface NativeBuild {
   readonly runner: string;
   readonly attention: string;
   readonly ffn?: string;
+  /** what it was built with, for the record of what it went on to show */
+  readonly shown: Shown;
 }
 
 /**
@@ -46,7 +49,12 @@ export const buildBundle = async (
   const runner = await built("runtime", "step3-run");
   const attention = await built("programs/attention", "libprogram.so", forIsa);
   const hasFfn = manifest.programs.some((p) => p.role === "ffn");
-  return hasFfn ? { runner, attention, ffn: await built("programs/ffn", "libprogram.so", forIsa) } : { runner, attention };
+  const shown: Shown = { toolchain: toolchain.id.replace("\n", ", "), ...(isa === undefined ? {} : { isa }) };
+  const native = hasFfn
+    ? { runner, attention, ffn: await built("programs/ffn", "libprogram.so", forIsa), shown }
+    : { runner, attention, shown };
+  qualify(bundle, manifest, "compiled", shown, progress);
+  return native;
 };
 
 /** The best instruction set of the processor that a program knows by name; undefined, for all of them, where it cannot be told. */

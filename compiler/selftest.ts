@@ -14,8 +14,8 @@ import { type KvType, type TensorType, typeText } from "../ir/type.ts";
 import { type Emission, type Role, roleOf } from "./emit.ts";
 
 const mostRows = 3;
-const mostBytes = 1 << 19;
-const mostFlops = 4e6;
+const mostBytes = 2 << 20;
+const mostFlops = 2e7;
 
 /** What to draw for operand `i` of an op, as the op's own samples have it; choices stay below what they choose from. */
 const drawFor = (op: Op, i: number): Draw => {
@@ -32,7 +32,9 @@ const drawFor = (op: Op, i: number): Draw => {
   return inputs.length === 0 ? "normal" : (sample?.values?.[i] ?? "normal");
 };
 
-/** What to draw for an input of an op: what the first op of its body that reads it wants. */
+const stateOf = (op: Op): Value | undefined => op.inputs.find((v) => v.type.kind === "kv");
+
+/** What to draw for an input of an op: what the first op of its body that reads it wants, ops with a cache before others. */
 const drawOf = (op: Op, input: Value): Draw => {
   if (op.body === undefined)
     return drawFor(
@@ -40,14 +42,13 @@ const drawOf = (op: Op, input: Value): Draw => {
       op.inputs.findIndex((v) => v.name === input.name),
     );
   const inner = op.body.inputs[op.inputs.findIndex((v) => v.name === input.name)]?.name;
-  for (const part of op.body.ops) {
+  for (const part of op.body.ops.toSorted((a, b) => Number(!stateOf(a)) - Number(!stateOf(b)))) {
     const i = part.inputs.findIndex((v) => v.name === inner);
     if (i >= 0) return drawFor(part, i);
   }
   return "normal";
 };
 
-const stateOf = (op: Op): Value | undefined => op.inputs.find((v) => v.type.kind === "kv");
 const changesState = (op: Op): boolean => op.outputs.some((v) => v.type.kind === "kv");
 
 /** The ops of the case for one op: with a cache, the one that fills it, then one that reads it. */

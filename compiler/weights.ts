@@ -8,6 +8,7 @@ import { encode } from "../ir/round.ts";
 import { typeText } from "../ir/type.ts";
 import type { Checkpoint } from "./frontends/checkpoint.ts";
 import type { StoredTensor } from "./frontends/safetensors.ts";
+import { createBuffers } from "./weights/buffers.ts";
 import { createConverter } from "./weights/convert.ts";
 import { createFlight } from "./weights/flight.ts";
 import { createHasher, type Hasher, type HashName } from "./weights/hash.ts";
@@ -41,8 +42,8 @@ export interface WriteOptions {
 }
 
 /** Bytes read at a time unless asked otherwise, and bytes given to the disk and not yet written. */
-const windowBytes = 32 << 20;
-const mostInFlight = 128 << 20;
+const windowBytes = 8 << 20;
+const mostInFlight = 64 << 20;
 
 /**
  * Writes weight files, reading each tensor once. The files appear under the paths given while they are written; the caller puts the
@@ -111,11 +112,15 @@ const convertAll = async (
   const flight = createFlight();
   /** what uses the memory of the window at hand */
   let users: Promise<void>[] = [];
-  const emit: Emit = (output, position, bytes) => {
+  const emit: Emit = (output, position, bytes, lent) => {
     const written = output.write(position, bytes);
-    flight.add(written, bytes.length);
-    if (bytes.buffer instanceof SharedArrayBuffer) users.push(written);
+    flight.add(
+      written.finally(() => lent?.giveBack()),
+      bytes.length,
+    );
+    if (!lent && bytes.buffer instanceof SharedArrayBuffer) users.push(written);
   };
+  const buffers = createBuffers();
 
   interface Group {
     readonly tensor: StoredTensor;
@@ -146,7 +151,7 @@ const convertAll = async (
   const slotBytes = Math.max(0, ...readings.map(slotBytesOf));
   const converter = createConverter(windowBuffers * slotBytes);
   const piecesOf = ({ tensor }: Reading): Piece[] =>
-    groupOf(tensor).parts.map((p) => createPiece(p.recipe, p.placed, p.output, converter, emit));
+    groupOf(tensor).parts.map((p) => createPiece(p.recipe, p.placed, p.output, converter, buffers, emit));
   const digests = new Map<string, string>();
   const reader = createReader(checkpoint, converter.windows, slotBytes);
   let done = 0;

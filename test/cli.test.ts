@@ -2,6 +2,10 @@
 import { cpSync, existsSync, mkdtempSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
+import { readManifest } from "../compiler/bundle.ts";
+import { inspect } from "../compiler/inspect.ts";
+import { silent } from "../compiler/progress.ts";
+import { qualificationsOf, qualify } from "../compiler/qualification.ts";
 import { isPlain, step3c } from "./cli.ts";
 import { compileSample, heldout, sample, vocabulary, workspace } from "./sample.ts";
 
@@ -136,10 +140,44 @@ describe("run", () => {
     const out = join(work.path, "bare.s3");
     expect(step3c(["compile", bare, "--out", out]).code).toBe(0);
     expect(existsSync(join(out, "tokenizer.json"))).toBe(false);
+    expect(inspect(out)).toMatch(/not built here/);
     const outcome = step3c(["run", out, "--prompt-ids", "0,5,6", "--max-tokens", "3"]);
     expect(outcome.code, outcome.err).toBe(0);
     expect(outcome.out.trim().split(",")).toHaveLength(3);
     expect(step3c(["run", out, "--prompt", "text"]).err).toMatch(/no tokenizer\.json/);
+
+    // what that has shown, and nothing else; a bundle compiled again, or of another toolchain, starts anew
+    const records = qualificationsOf(out);
+    expect(records.map((r) => r.programs.map((p) => [p.role, p.compiled, p.simulated, p.ran, p.numerics_checked]))).toEqual([
+      [
+        ["attention", true, false, true, false],
+        ["ffn", true, false, true, false],
+      ],
+    ]);
+    expect(inspect(out)).toMatch(/attention on cpp \(\w+\): compiled, ran; not simulated, numerics checked/);
+    const { toolchain } = records[0] as { toolchain: string };
+    const isa = records[0]?.programs[0]?.isa as string;
+    qualify(out, readManifest(out), "numerics_checked", { toolchain, isa, role: "ffn" }, silent);
+    qualify(out, readManifest(out), "compiled", { toolchain: "another", isa }, silent);
+    expect(qualificationsOf(out).map((r) => [r.toolchain, r.programs.map((p) => [p.ran, p.numerics_checked])])).toEqual([
+      [
+        toolchain,
+        [
+          [true, false],
+          [true, true],
+        ],
+      ],
+      [
+        "another",
+        [
+          [false, false],
+          [false, false],
+        ],
+      ],
+    ]);
+    writeFileSync(join(out, "COMPLETE"), "0000\n");
+    expect(qualificationsOf(out)).toEqual([]);
+    expect(inspect(out)).toMatch(/not built here since it was compiled/);
   });
 });
 

@@ -54,6 +54,9 @@ interface Event {
   readonly count?: number;
 }
 
+/** How long each of the random searches for a crash goes on. */
+const searchSeconds = Number(process.env.STEP3C_SEARCH_SECONDS ?? 4);
+
 let folders = 0;
 const folder = (): string => join(scratch, `b${folders++}`);
 const bundleOf = (shape: Partial<Shape> = {}, spoil?: (b: Bundle) => void): string => {
@@ -934,7 +937,7 @@ describe("spoiled bundles", () => {
 
   it("byte flips under address and undefined-behaviour checks: the reader never falls", () => {
     const bundle = bundleOf({ attention: 2, ffn: 2 });
-    const { status, stdout, stderr } = spawnSync(checked.fuzz, [bundle, join(scratch, "fuzz"), "15", "20250101"], {
+    const { status, stdout, stderr } = spawnSync(checked.fuzz, [bundle, join(scratch, "fuzz"), `${searchSeconds}`, "20250101"], {
       encoding: "utf8",
     });
     expect(stderr).toBe("");
@@ -951,7 +954,7 @@ describe("spoiled bundles", () => {
       return Math.floor((seed / 2 ** 32) * n);
     };
     const alphabet = "0123456789";
-    const end = Date.now() + 15_000;
+    const end = Date.now() + searchSeconds * 1000;
     const codes = new Map<number | null, number>();
     while (Date.now() < end) {
       const file = files[random(files.length)] as string;

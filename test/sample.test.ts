@@ -14,6 +14,18 @@ beforeAll(async () => {
   bundle = await compileSample(join(work.path, "bf16.s3"));
 });
 
+/** made once: what the bf16 bundle says about the window, and its perplexity over eight windows */
+let ofWindow: Promise<Logits> | undefined;
+const logitsOfWindow = (): Promise<Logits> => {
+  ofWindow ??= logitsOf(bundle, window());
+  return ofWindow;
+};
+let ofEight: ReturnType<typeof score> | undefined;
+const scoreOfEight = (): ReturnType<typeof score> => {
+  ofEight ??= score(bundle, heldout().slice(0, 8), { transport: "local" }, silent);
+  return ofEight;
+};
+
 const bytesOf = (logits: Logits): Buffer => Buffer.from(logits.data.buffer, logits.data.byteOffset, logits.data.byteLength);
 const window = (): number[] => heldout()[0] ?? [];
 
@@ -52,13 +64,13 @@ describe("against PyTorch in float64", () => {
 
 describe("bitwise equal logits", () => {
   test("from local and shm, with --strict", async () => {
-    const local = await logitsOf(bundle, window(), { transport: "local" });
+    const local = await logitsOfWindow();
     const shm = await logitsOf(bundle, window(), { transport: "shm", strict: true });
     expect(bytesOf(shm).equals(bytesOf(local))).toBe(true);
   });
 
   test("from 1, 2, 3 and 4 micro-batches", async () => {
-    const expected = bytesOf(await logitsOf(bundle, window()));
+    const expected = bytesOf(await logitsOfWindow());
     for (const microBatches of [1, 2, 4]) {
       const other = await compileSample(join(work.path, `mb${microBatches}.s3`), { microBatches });
       expect(bytesOf(await logitsOf(other, window())).equals(expected), `${microBatches} micro-batches`).toBe(true);
@@ -98,7 +110,7 @@ describe("the margin rule between arrangements", () => {
     const name = `${arrangement.ranks.attention}A${arrangement.ranks.ffn}F ${arrangement.ffnSplit}`;
     test(name, async () => {
       const other = await compileSample(join(work.path, `${name.replace(" ", "-")}.s3`), arrangement);
-      const expected = await logitsOf(bundle, window());
+      const expected = await logitsOfWindow();
       const found = await logitsOf(other, window(), { transport: arrangement.ranks.ffn === 2 ? "shm" : "local" });
       expect(relativeError(found, expected)).toBeLessThan(2e-2);
       expect(agreement(found, expected).broken).toEqual([]);
@@ -117,7 +129,7 @@ describe("precision policies", () => {
     test(`weights ${precision}, KV ${kv}: perplexity within ${bound * 100} % of the bf16 bundle`, async () => {
       const other = await compileSample(join(work.path, `${precision}-${kv}.s3`), { precision, kv });
       const { total } = await score(other, heldout().slice(0, 8), { transport: "local" }, silent);
-      const base = await score(bundle, heldout().slice(0, 8), { transport: "local" }, silent);
+      const base = await scoreOfEight();
       expect(Math.abs(total.perplexity / base.total.perplexity - 1)).toBeLessThan(bound);
     });
 });

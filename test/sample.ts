@@ -13,9 +13,11 @@ import { type Logits, readLogits } from "./logits.ts";
 export const sample: string = join(packageRoot(), "samples/step3-tiny");
 export const vocabulary = 3072;
 
-/** Native builds are shared between test files: they are keyed by content. */
+/** Native builds are shared between test files, and objects between builds: they are keyed by content. */
 export const shareBuilds = (): void => {
   process.env.STEP3C_BUILD_DIR ??= join(packageRoot(), ".cache/builds");
+  process.env.STEP3C_OBJECTS ??= join(packageRoot(), ".cache/objects");
+  process.env.CMAKE_CXX_COMPILER_LAUNCHER ??= join(packageRoot(), "test/native/reuse_objects.sh");
   mkdirSync(process.env.STEP3C_BUILD_DIR, { recursive: true });
 };
 

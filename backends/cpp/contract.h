@@ -2,7 +2,7 @@
  * Contractions y[r, n] = sum over k of x[r, k] * w[n, k] with packed w (see the panels in panels.h), for all of the linear family.
  *
  * Rows come in chunks. The team widens the rows of a chunk in scratch, meets at a barrier, and takes panels (and, when there are few of
- * them, rows) from a counter. Sums over k are one ascending chain per element, or one per scale group: neither the number of rows nor the
+ * them, rows) from counters. Sums over k are one ascending chain per element, or one per scale group: neither the number of rows nor the
  * number of threads changes a bit of any row.
  */
 #ifndef S3_CONTRACT_H
@@ -388,6 +388,35 @@ struct finisher {
   S3_INLINE void operator()(int64_t row, int64_t column, int64_t count, const float *sums) const { call(self, row, column, count, sums); }
 };
 
+/*
+ * Units of work, in shares: a thread takes those of its own share first, the same ones in every launch, so that weights which fit its cache
+ * are there the next time; then it helps with the others'. Each counter has a cache line of its own.
+ */
+struct work_shares {
+  static constexpr int64_t most = 16, line = 64 / sizeof(int64_t);
+  int64_t *counters;
+  int64_t shares, mine, tried = 0, units = 0;
+
+  work_shares(void *memory, int64_t thread, int64_t threads)
+      : counters(static_cast<int64_t *>(memory)), shares(least(threads, most)), mine(thread % shares) {}
+  S3_INLINE int64_t start(int64_t share) const { return units * share / shares; }
+  /* by one thread, between barriers */
+  void reset(int64_t count) {
+    units = count;
+    for (int64_t s = 0; s < shares; ++s) __atomic_store_n(counters + s * line, start(s), __ATOMIC_RELAXED);
+  }
+  void begin(int64_t count) { units = count, tried = 0; }
+  /* -1: none are left */
+  int64_t take() {
+    for (; tried < shares; ++tried) {
+      const int64_t share = (mine + tried) % shares;
+      const int64_t unit = __atomic_fetch_add(counters + share * line, 1, __ATOMIC_RELAXED);
+      if (unit < start(share + 1)) return unit;
+    }
+    return -1;
+  }
+};
+
 constexpr int64_t segment_of_k = 512; /* k that several blocks do before any goes on: their weights stay in the cache */
 
 /*
@@ -401,13 +430,20 @@ void contract(const s3_call *c, const contraction &d, const X *x, const float *x
   const int64_t groups = ceil_div(d.inner, d.group), panels = ceil_div(d.columns, columns_of_panel);
   const int64_t matrix_bytes = panels * panel_bytes<W>(d), matrix_scales = ceil_div(d.columns, d.block) * groups;
   const int64_t row_bytes = cells_before(d, d.inner, engine::k_block) * engine::k_bytes;
-  uint8_t *const widened = static_cast<uint8_t *>(c->scratch) + 64;
+  uint8_t *const widened = static_cast<uint8_t *>(c->scratch) + work_shares::most * 64;
   const int64_t thread = c->thread, threads = c->threads;
-  int64_t *const counter = static_cast<int64_t *>(c->scratch); /* hands out the work of a chunk */
-  const auto take = [&] { return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED); };
+  work_shares work(c->scratch, thread, threads);
 
   struct block {
     int64_t first, rows, at; /* rows of the chunk, and where they start among the stored rows */
+  };
+  /*
+   * Blocks that meet one matrix. Their work is handed out by some panels for some of the blocks: finely enough to even out, one or two
+   * blocks only if panels are few.
+   */
+  struct run {
+    int64_t first, end; /* blocks */
+    int64_t panels, row_parts, units_before, units;
   };
   chunk now;
   engine::begin();
@@ -436,41 +472,46 @@ void contract(const s3_call *c, const contraction &d, const X *x, const float *x
           for (int64_t k = 0; k < row_bytes; k += engine::k_bytes) memset(out + k * heights_of[b], 0, engine::k_bytes);
         }
       }
-    if (thread == 0) __atomic_store_n(counter, 0, __ATOMIC_RELAXED);
+    run runs[chunk_rows];
+    int64_t run_count = 0, units = 0;
+    for (int64_t b = 0, end = 0; b < count; b = end) {
+      while (end < count && now.matrix[blocks[end].first] == now.matrix[blocks[b].first]) ++end;
+      const int64_t per_unit = least(engine::panels_for(heights_of[b]), ceil_div(panels, 4 * threads));
+      const int64_t units_of_columns = ceil_div(panels, per_unit);
+      const int64_t row_parts = least(end - b, ceil_div(2 * threads, units_of_columns));
+      runs[run_count++] = {b, end, per_unit, row_parts, units, units_of_columns * row_parts};
+      units += units_of_columns * row_parts;
+    }
+    if (thread == 0) work.reset(units);
     c->barrier(c);
 
-    int64_t ticket = take(), before = 0;
-    for (int64_t b = 0, run_end = 0; b < count; b = run_end) {
-      const int64_t matrix = now.matrix[blocks[b].first];
-      while (run_end < count && now.matrix[blocks[run_end].first] == matrix) ++run_end;
-      const int height = heights_of[b], step = engine::panels_for(height);
-      const bool single = run_end - b == 1;
-      const int64_t segment = single ? d.inner : groups == 1 ? segment_of_k : ceil_div(segment_of_k, d.group) * d.group;
+    work.begin(units);
+    int64_t which = 0;
+    for (int64_t taken = work.take(); taken >= 0; taken = work.take()) {
+      if (taken < runs[which].units_before) which = 0; /* of a share that came before */
+      while (taken >= runs[which].units_before + runs[which].units) ++which;
+      const run &r = runs[which];
+      const int64_t matrix = now.matrix[blocks[r.first].first];
+      const int height = heights_of[r.first];
       const tile_function tile = engine::tile_for(height);
-      /* work is handed out by some panels for some of the blocks: finely enough to even out, one or two blocks only if panels are few */
-      const int64_t per_unit = least(step, ceil_div(panels, 4 * threads)), units_of_columns = ceil_div(panels, per_unit);
-      const int64_t row_parts = least(run_end - b, ceil_div(2 * threads, units_of_columns));
-      const int64_t units = units_of_columns * row_parts;
-      for (; ticket < before + units; ticket = take()) {
-        const int64_t unit = ticket - before, first = unit / row_parts * per_unit, part = b + unit % row_parts;
-        alignas(64) float sums[padded_chunk_rows * engine::most_floats_per_row];
-        const int64_t wanted = least(per_unit, panels - first);
-        for (int64_t k = 0; k < d.inner; k += segment)
-          for (int64_t i = part; i < run_end; i += row_parts) {
-            const float *scales[32];
-            if constexpr (Scaled)
-              for (int64_t m = 0; m < blocks[i].rows; ++m) scales[m] = xs + now.source[blocks[i].first + m] * groups;
-            tile({&d, widened + blocks[i].at * row_bytes, scales, static_cast<const uint8_t *>(w) + matrix * matrix_bytes,
-                  ws + matrix * matrix_scales, first, wanted, k, least(k + segment, d.inner), blocks[i].rows,
-                  sums + (i - b) * engine::floats_for(height)});
-          }
-        const int64_t column = first * columns_of_panel, columns = least(wanted * columns_of_panel, d.columns - column);
-        for (int64_t i = part; i < run_end; i += row_parts)
-          for (int64_t m = 0; m < blocks[i].rows; ++m)
-            finish(now.target[blocks[i].first + m], column, columns,
-                   sums + (i - b) * engine::floats_for(height) + m * engine::stride(height));
-      }
-      before += units;
+      const int64_t segment = r.end - r.first == 1 ? d.inner : groups == 1 ? segment_of_k : ceil_div(segment_of_k, d.group) * d.group;
+      const int64_t unit = taken - r.units_before, first = unit / r.row_parts * r.panels, part = r.first + unit % r.row_parts;
+      alignas(64) float sums[padded_chunk_rows * engine::most_floats_per_row];
+      const int64_t wanted = least(r.panels, panels - first);
+      for (int64_t k = 0; k < d.inner; k += segment)
+        for (int64_t i = part; i < r.end; i += r.row_parts) {
+          const float *scales[32];
+          if constexpr (Scaled)
+            for (int64_t m = 0; m < blocks[i].rows; ++m) scales[m] = xs + now.source[blocks[i].first + m] * groups;
+          tile({&d, widened + blocks[i].at * row_bytes, scales, static_cast<const uint8_t *>(w) + matrix * matrix_bytes,
+                ws + matrix * matrix_scales, first, wanted, k, least(k + segment, d.inner), blocks[i].rows,
+                sums + (i - r.first) * engine::floats_for(height)});
+        }
+      const int64_t column = first * columns_of_panel, columns = least(wanted * columns_of_panel, d.columns - column);
+      for (int64_t i = part; i < r.end; i += r.row_parts)
+        for (int64_t m = 0; m < blocks[i].rows; ++m)
+          finish(now.target[blocks[i].first + m], column, columns,
+                 sums + (i - r.first) * engine::floats_for(height) + m * engine::stride(height));
     }
   }
   engine::end();

@@ -59,8 +59,12 @@ export const panels = (dtype: DType, group: number = Number.POSITIVE_INFINITY): 
     name: `panels16_${cell.element}${odd ? `_by${group}` : ""}`,
     rowBlock: panelColumns,
     bytes,
-    pack: (tile) => {
-      const out = new Uint8Array(bytes(tile.rows, tile.columns));
+    pack: (tile, into) => {
+      const size = bytes(tile.rows, tile.columns);
+      const out = into?.subarray(0, size) ?? new Uint8Array(size);
+      // only whole panels without gaps fill all of it
+      if (into && (tile.rows % panelColumns !== 0 || tile.columns % cell.step !== 0 || groupOf(tile.columns) !== tile.columns))
+        out.fill(0);
       const source = asFloats ? widened(tile, asFloats) : tile.bytes;
       const panelBytes = bytes(panelColumns, tile.columns);
       for (let row = 0; row < tile.rows; row += panelColumns) {
@@ -125,10 +129,20 @@ const packPanel = (cell: Cell, from: Uint8Array, rows: number, columns: number, 
   }
 };
 
-/** `out[j][r] = from[r][j]`, 16 r to each j */
+/** `out[j][r] = from[r][j]`, 16 r to each j; four rows at a time, since more streams at once are slower to read */
 const packWords = (from: Uint32Array, rows: number, width: number, out: Uint32Array): void => {
-  for (let j = 0; j < width; j++)
-    for (let r = 0, at = j * panelColumns; r < rows; r++) out[at + r] = from[r * width + j] as number;
+  const fours = rows - (rows % 4);
+  for (let r = 0; r < fours; r += 4) {
+    const [a, b, c, d] = [r * width, (r + 1) * width, (r + 2) * width, (r + 3) * width];
+    for (let j = 0, at = r; j < width; j++, at += panelColumns) {
+      out[at] = from[a + j] as number;
+      out[at + 1] = from[b + j] as number;
+      out[at + 2] = from[c + j] as number;
+      out[at + 3] = from[d + j] as number;
+    }
+  }
+  for (let r = fours; r < rows; r++)
+    for (let j = 0, at = r; j < width; j++, at += panelColumns) out[at] = from[r * width + j] as number;
 };
 
 /** Bytes: out[k][r] = from[r][k], 16 r to each k; `width` words of four k in a row of `from`. */

@@ -12,9 +12,9 @@ import { dialect, storage } from "../scalar.ts";
 import { loadTemplate } from "../template.ts";
 import { cellOf, cellsOf, panelColumns, panels } from "./layout.ts";
 
-/** Rows that contract.h stores at a time, the counter before them, and what matrix units may read past them. */
+/** Rows that contract.h stores at a time, the counters before them, and what matrix units may read past them. */
 const mostStoredRows = 144;
-const slackBytes = 64 + 2048;
+const slackBytes = 16 * 64 + 2048;
 
 /** Operands of each kind, in order. */
 const operandNames: Readonly<Record<string, readonly string[]>> = {

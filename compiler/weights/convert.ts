@@ -30,7 +30,10 @@ export interface Blocks {
 export const largestCode = { e4m3: 448, i8: 127 } as const;
 export type CodeType = keyof typeof largestCode;
 
-/** Conversions of one conversion run, with the memory and the tables that they use. */
+/**
+ * Conversions of one conversion run, with the memory and the tables that they use. Elements and codes that they give are in memory of the
+ * converter, valid until the next call, or are the region's own.
+ */
 export interface Converter {
   /** `windows` bytes that quantisation reads fastest, for the caller to divide */
   readonly windows: { readonly buffer: SharedArrayBuffer; readonly from: number };
@@ -56,7 +59,22 @@ interface Bench {
   readonly bits: Uint32Array;
   /** values of the e4m3 codes */
   readonly e4m3: Float64Array;
+  /** where elements and codes go; two, since codes are made of elements */
+  readonly elements: Room;
+  readonly codes: Room;
 }
+
+/** So many bytes, the same ones each time. */
+type Room = (bytes: number) => ArrayBuffer;
+
+/** Fresh memory for every result costs more than the conversion: the system gives it page by page. */
+const createRoom = (): Room => {
+  let memory = new ArrayBuffer(0);
+  return (bytes) => {
+    if (memory.byteLength < bytes) memory = new ArrayBuffer(bytes);
+    return memory;
+  };
+};
 
 /** Scratch in the vector module's memory: a vector of results, a band of codes, and a band of elements that lie elsewhere. */
 const scratch = { result: 0, codes: 64, codesEnd: 64 + (8 << 20), elements: 64 + (8 << 20), end: 64 + (24 << 20) } as const;
@@ -65,6 +83,14 @@ const halves = (bytes: Uint8Array): Uint16Array => new Uint16Array(bytes.buffer,
 const words = (bytes: Uint8Array): Uint32Array => new Uint32Array(bytes.buffer, bytes.byteOffset, bytes.length >>> 2);
 const signedWords = (bytes: Uint8Array): Int32Array => new Int32Array(bytes.buffer, bytes.byteOffset, bytes.length >>> 2);
 const floats = (bytes: Uint8Array): Float32Array => new Float32Array(bytes.buffer, bytes.byteOffset, bytes.length >>> 2);
+const halvesIn = (room: Room, { rows, columns }: Region): Uint16Array => {
+  const count = rows * columns;
+  return new Uint16Array(room(2 * count), 0, count);
+};
+const wordsIn = (room: Room, { rows, columns }: Region): Uint32Array => {
+  const count = rows * columns;
+  return new Uint32Array(room(4 * count), 0, count);
+};
 const bytesOf = (array: Uint16Array | Uint32Array | Float32Array): Uint8Array =>
   new Uint8Array(array.buffer, array.byteOffset, array.byteLength);
 
@@ -79,7 +105,10 @@ export const createConverter = (windows = 0): Converter => {
     word,
     bits: new Uint32Array(word.buffer),
     e4m3: Float64Array.from({ length: 256 }, (_, code) => floatValue("e4m3", code)),
+    elements: createRoom(),
+    codes: createRoom(),
   };
+  const { elements } = bench;
 
   /** bytes of the code in `to` of every code of `from`, a dtype of at most 16 bits */
   const tableOf = (from: DType, to: DType): Uint8Array => {
@@ -97,13 +126,13 @@ export const createConverter = (windows = 0): Converter => {
   return {
     windows: { buffer: simd.memory, from: scratch.end },
     convert: (x, to) => {
-      if (x.dtype === to) return compact(x);
-      if (x.dtype === "bf16" && to === "f32") return bf16ToF32(x);
-      if (x.dtype === "f32" && to === "bf16") return f32ToBf16(x);
+      if (x.dtype === to) return compact(x, elements);
+      if (x.dtype === "bf16" && to === "f32") return bf16ToF32(x, elements);
+      if (x.dtype === "f32" && to === "bf16") return f32ToBf16(x, elements);
       const [from, width] = [dtypeBytes(x.dtype), dtypeBytes(to)];
-      if (from === 2 && width === 2) return lookUp16to16(x, halves(tableOf(x.dtype, to)));
-      if (from === 2 && width === 4) return lookUp16to32(x, words(tableOf(x.dtype, to)));
-      return encode(to, decode(x.dtype, compact(x)));
+      if (from === 2 && width === 2) return lookUp16to16(x, halves(tableOf(x.dtype, to)), elements);
+      if (from === 2 && width === 4) return lookUp16to32(x, words(tableOf(x.dtype, to)), elements);
+      return encode(to, decode(x.dtype, compact(x, elements)));
     },
     dequantise: (x, blocks, to) =>
       to === "f32" ? dequantiseToF32(x, blocks, bench) : bytesOf(dequantiseTo16(x, blocks, to, bench)),
@@ -113,43 +142,43 @@ export const createConverter = (windows = 0): Converter => {
 };
 
 /** The elements without gaps. */
-const compact = (x: Region): Uint8Array => {
+const compact = (x: Region, room: Room): Uint8Array => {
   const width = dtypeBytes(x.dtype);
   const [run, step] = [x.columns * width, x.stride * width];
   if (run === step || x.rows === 1) return x.bytes.subarray(0, x.rows * run);
-  const out = new Uint8Array(x.rows * run);
+  const out = new Uint8Array(room(x.rows * run), 0, x.rows * run);
   for (let r = 0; r < x.rows; r++) out.set(x.bytes.subarray(r * step, r * step + run), r * run);
   return out;
 };
 
-const lookUp16to16 = (x: Region, table: Uint16Array): Uint8Array => {
+const lookUp16to16 = (x: Region, table: Uint16Array, room: Room): Uint8Array => {
   const source = halves(x.bytes);
-  const out = new Uint16Array(x.rows * x.columns);
+  const out = halvesIn(room, x);
   for (let r = 0, at = 0; r < x.rows; r++)
     for (let i = r * x.stride, end = i + x.columns; i < end; i++) out[at++] = table[source[i] as number] as number;
   return bytesOf(out);
 };
 
-const lookUp16to32 = (x: Region, table: Uint32Array): Uint8Array => {
+const lookUp16to32 = (x: Region, table: Uint32Array, room: Room): Uint8Array => {
   const source = halves(x.bytes);
-  const out = new Uint32Array(x.rows * x.columns);
+  const out = wordsIn(room, x);
   for (let r = 0, at = 0; r < x.rows; r++)
     for (let i = r * x.stride, end = i + x.columns; i < end; i++) out[at++] = table[source[i] as number] as number;
   return bytesOf(out);
 };
 
-const bf16ToF32 = (x: Region): Uint8Array => {
+const bf16ToF32 = (x: Region, room: Room): Uint8Array => {
   const source = halves(x.bytes);
-  const out = new Int32Array(x.rows * x.columns);
+  const out = wordsIn(room, x);
   for (let r = 0, at = 0; r < x.rows; r++)
     for (let i = r * x.stride, end = i + x.columns; i < end; i++) out[at++] = (source[i] as number) << 16;
-  return new Uint8Array(out.buffer);
+  return bytesOf(out);
 };
 
 /** Round to nearest even by adding to the bits; a NaN becomes the quiet one. */
-const f32ToBf16 = (x: Region): Uint8Array => {
+const f32ToBf16 = (x: Region, room: Room): Uint8Array => {
   const source = signedWords(x.bytes);
-  const out = new Uint16Array(x.rows * x.columns);
+  const out = halvesIn(room, x);
   for (let r = 0, at = 0; r < x.rows; r++)
     for (let i = r * x.stride, end = i + x.columns; i < end; i++) {
       const bits = source[i] as number;
@@ -177,8 +206,9 @@ const eachBlock = (
   }
 };
 
-const dequantiseToF32 = (x: Region, blocks: Blocks, { e4m3 }: Bench): Uint8Array => {
-  const out = new Float32Array(x.rows * x.columns);
+const dequantiseToF32 = (x: Region, blocks: Blocks, { e4m3, elements }: Bench): Uint8Array => {
+  const count = x.rows * x.columns;
+  const out = new Float32Array(elements(4 * count), 0, count);
   const source = x.bytes;
   eachBlock(x, blocks, (r0, r1, c0, c1, scale) => {
     for (let r = r0; r < r1; r++) {
@@ -193,7 +223,7 @@ const dequantiseToF32 = (x: Region, blocks: Blocks, { e4m3 }: Bench): Uint8Array
 /** To a float of 16 bits, through a table of the 256 codes of each block: rounded once, from the exact product. */
 const dequantiseTo16 = (x: Region, blocks: Blocks, to: DType, bench: Bench): Uint16Array => {
   if (to !== "bf16" && to !== "f16") throw new Error(`a dequantised weight cannot be ${to}`);
-  const out = new Uint16Array(x.rows * x.columns);
+  const out = halvesIn(bench.elements, x);
   const outWords = new Int32Array(out.buffer, 0, out.length >>> 1);
   const table = new Uint16Array(256);
   const source = x.bytes;
@@ -303,7 +333,8 @@ const scalarAmax = (x: Region, c0: number, c1: number): number => {
 };
 
 const quantise = (x: Region, blocks: Blocks, to: CodeType, bench: Bench): Uint8Array => {
-  const out = new Uint8Array(x.rows * x.columns);
+  const count = x.rows * x.columns;
+  const out = new Uint8Array(bench.codes(count), 0, count);
   const { simd, memory } = bench;
   let band = { from: -1, placed: undefined as Placed | undefined };
   eachBlock(x, blocks, (r0, r1, c0, c1, scale) => {

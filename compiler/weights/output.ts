@@ -31,8 +31,8 @@ export const createOutput = async (plan: WeightsPlan, hasher: Hasher, algorithm:
   const stream = `file ${plan.path}`;
   interface Hashable {
     readonly bytes: Uint8Array;
-    /** when nobody else needs its memory any more */
-    readonly free: Promise<void>;
+    /** when nobody else needs its memory any more; absent when it may be digested beside other uses */
+    readonly free?: Promise<void>;
   }
   const waiting = new Map<number, Hashable>();
   let [digested, deferred, late] = [0, 0, false];
@@ -54,9 +54,8 @@ export const createOutput = async (plan: WeightsPlan, hasher: Hasher, algorithm:
       deferred += piece.bytes.length;
       late = deferred > mostDeferred;
       if (late) waiting.clear();
-      // the memory of a window is used again before the turn comes
-      else if (piece.bytes.buffer instanceof SharedArrayBuffer)
-        waiting.set(position, { ...piece, bytes: new Uint8Array(piece.bytes) });
+      // shared memory is used again before the turn comes
+      else if (piece.bytes.buffer instanceof SharedArrayBuffer) waiting.set(position, { bytes: new Uint8Array(piece.bytes) });
       else waiting.set(position, piece);
       return;
     }
@@ -68,7 +67,14 @@ export const createOutput = async (plan: WeightsPlan, hasher: Hasher, algorithm:
     }
     await Promise.all(done);
   };
-  const put = async (position: number, bytes: Uint8Array): Promise<void> => {
+  /** one write at a time: the system lets only one write into a file, and the others would burn a processor as they wait */
+  let writing: Promise<void> = Promise.resolve();
+  const put = (position: number, bytes: Uint8Array): Promise<void> => {
+    const written = writing.then(() => putNow(position, bytes));
+    writing = written.catch(() => {});
+    return written;
+  };
+  const putNow = async (position: number, bytes: Uint8Array): Promise<void> => {
     try {
       for (let done = 0; done < bytes.length; )
         done += (await handle.write(bytes, done, bytes.length - done, position + done)).bytesWritten;
@@ -79,7 +85,8 @@ export const createOutput = async (plan: WeightsPlan, hasher: Hasher, algorithm:
   const both = async (position: number, bytes: Uint8Array): Promise<void> => {
     if (bytes.length === 0) return;
     const free = put(position, bytes);
-    await Promise.all([digest(position, { bytes, free }), free]);
+    const piece = bytes.buffer instanceof SharedArrayBuffer ? { bytes } : { bytes, free };
+    await Promise.all([digest(position, piece), free]);
   };
 
   const header = headerOf(plan);

@@ -3,13 +3,14 @@ import { UserError } from "../../ir/error.ts";
 import { decode, encode } from "../../ir/round.ts";
 import { type DType, dtypeBytes, typeText } from "../../ir/type.ts";
 import { dtypeOf, type StoredTensor } from "../frontends/safetensors.ts";
+import type { Buffers, Lent } from "./buffers.ts";
 import type { Blocks, Converter, Region } from "./convert.ts";
 import type { Output } from "./output.ts";
 import { asMatrices, numbers, type PlacedWeight } from "./plan.ts";
 import type { Quantisation, Recipe } from "./recipe.ts";
 
-/** Elements made at a time. */
-const mostElements = 8 << 20;
+/** Elements made at a time: what comes of them is digested and written while the processor's cache still has it. */
+const mostElements = 2 << 20;
 
 /** Rows [first, end) of a tensor in memory, counted through its matrices; `bytes` begins at row `first`. */
 export interface Window {
@@ -25,7 +26,8 @@ export interface Piece {
   take(window: Window): number;
 }
 
-export type Emit = (output: Output, position: number, bytes: Uint8Array) => void;
+/** Hands bytes on; `lent` is the memory that they are in, where that is to be given back. */
+export type Emit = (output: Output, position: number, bytes: Uint8Array, lent?: Lent) => void;
 
 /** Rows of the tensor that must be in one window for a piece to go on. */
 export const reachOf = ({ quantise }: Recipe, { layout }: PlacedWeight): number => {
@@ -34,7 +36,14 @@ export const reachOf = ({ quantise }: Recipe, { layout }: PlacedWeight): number 
   return 1 + (quantise?.make === "scales" ? rowBlock * band : rowBlock + 2 * band);
 };
 
-export const createPiece = (recipe: Recipe, placed: PlacedWeight, output: Output, converter: Converter, emit: Emit): Piece => {
+export const createPiece = (
+  recipe: Recipe,
+  placed: PlacedWeight,
+  output: Output,
+  converter: Converter,
+  buffers: Buffers,
+  emit: Emit,
+): Piece => {
   const { tensor, part, quantise } = recipe;
   const { layout } = placed;
   const { dtype } = placed.weight.value.type;
@@ -177,8 +186,16 @@ export const createPiece = (recipe: Recipe, placed: PlacedWeight, output: Output
         const to = end === height ? height : row + Math.floor((end - row) / rowBlock) * rowBlock;
         if (to <= row) return base + needs(row, row + 1)[0];
         const bytes = make(window, matrix, row, to);
-        const packed = layout ? layout.pack({ bytes, dtype, rows: to - row, columns: width }) : bytes;
-        emit(output, placed.offset + matrix * matrixBytes + written, packed);
+        // row-major elements of the window itself are written from there
+        const lent =
+          layout || bytes.buffer !== window.bytes.buffer
+            ? buffers.lend(layout?.bytes(to - row, width, dtype) ?? bytes.length)
+            : undefined;
+        const packed = layout
+          ? layout.pack({ bytes, dtype, rows: to - row, columns: width }, lent?.bytes)
+          : (lent?.bytes ?? bytes);
+        if (lent && !layout) lent.bytes.set(bytes);
+        emit(output, placed.offset + matrix * matrixBytes + written, packed, lent);
         written += packed.length;
         row = to;
         if (row < height) continue;
