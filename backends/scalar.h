@@ -69,13 +69,17 @@ S3_INLINE float to_odd(double x) {
   return as_float(toward_zero | (back < x || back > x ? 1u : 0u));
 }
 
+/* A target that rounds by instructions of its own says so by S3_OWN_BF16, S3_OWN_F16 and S3_OWN_E4M3, and has these in its formats.h. */
+#ifndef S3_OWN_BF16
 S3_INLINE uint32_t bf16_rounded(float x) {
   const uint32_t u = as_bits(x);
   return pick(is_nan(x), 0x7fc00000u, (u + 0x7fffu + ((u >> 16) & 1u)) & 0xffff0000u);
 }
 S3_INLINE float round_bf16(float x) { return as_float(bf16_rounded(x)); }
 S3_INLINE bf16 to_bf16(float x) { return {(uint16_t)(bf16_rounded(x) >> 16)}; }
+#endif
 
+#ifndef S3_OWN_F16
 /* adding 2^(23 + e) to a smaller magnitude leaves its nearest multiple of 2^e in the low bits */
 S3_INLINE uint32_t f16_rounded(float x) {
   const uint32_t a = magnitude_bits(x);
@@ -85,6 +89,7 @@ S3_INLINE uint32_t f16_rounded(float x) {
   return pick(is_nan(x), 0x7e00u, finite | ((as_bits(x) >> 16) & 0x8000u));
 }
 S3_INLINE f16 to_f16(float x) { return {(uint16_t)f16_rounded(x)}; }
+#endif
 S3_INLINE float round_f16(float x) { return value(to_f16(x)); }
 
 S3_INLINE uint32_t e5m2_rounded(float x) {
@@ -97,6 +102,7 @@ S3_INLINE uint32_t e5m2_rounded(float x) {
 S3_INLINE e5m2 to_e5m2(float x) { return {(uint8_t)e5m2_rounded(x)}; }
 S3_INLINE float round_e5m2(float x) { return value(to_e5m2(x)); }
 
+#ifndef S3_OWN_E4M3
 /* no infinities: what is above 448 becomes 448 */
 S3_INLINE uint32_t e4m3_rounded(float x) {
   const uint32_t a = magnitude_bits(x);
@@ -106,6 +112,7 @@ S3_INLINE uint32_t e4m3_rounded(float x) {
   return pick(is_nan(x), 0x7fu, finite | ((as_bits(x) >> 24) & 0x80u));
 }
 S3_INLINE e4m3 to_e4m3(float x) { return {(uint8_t)e4m3_rounded(x)}; }
+#endif
 S3_INLINE float round_e4m3(float x) { return value(to_e4m3(x)); }
 
 S3_INLINE float round_bf16(double x) { return round_bf16(to_odd(x)); }

@@ -158,9 +158,16 @@ struct Masses {
 __device__ __forceinline__ int32_t sample_token(const float *logits, int64_t n, float temperature, float top_p, uint32_t seed, int32_t position) {
   uint64_t own = 0;
   bool broken = false; // a NaN, or an infinity
-  for (int64_t i = threadIdx.x; i < n; i += blockDim.x) {
-    own = First::both(own, choice_of(logits[i], i));
-    broken |= !(logits[i] < infinity);
+  constexpr int together = 8; // loads on their way at a time
+  for (int64_t from = threadIdx.x; from < n; from += together * choosing_threads) {
+    float x[together];
+#pragma unroll
+    for (int j = 0; j < together; ++j) x[j] = from + j * choosing_threads < n ? logits[from + j * choosing_threads] : -infinity;
+#pragma unroll
+    for (int j = 0; j < together; ++j) {
+      if (from + j * choosing_threads < n) own = First::both(own, choice_of(x[j], from + j * choosing_threads));
+      broken |= !(x[j] < infinity);
+    }
   }
   const int64_t best = index_of(reduce_block<First>(own));
   broken = __syncthreads_or(broken);

@@ -4,7 +4,7 @@
 #include <stdint.h>
 
 #define S3_ISA device
-#define S3_INLINE __host__ __device__ __forceinline__
+#define S3_INLINE __device__ __forceinline__
 #define S3_C(function) ::function
 
 namespace s3 {
@@ -15,12 +15,32 @@ struct f16 { uint16_t bits; };
 struct e4m3 { uint8_t bits; };
 struct e5m2 { uint8_t bits; };
 
-#ifdef __CUDA_ARCH__
 S3_INLINE float as_float(uint32_t bits) { return __uint_as_float(bits); }
 S3_INLINE uint32_t as_bits(float x) { return __float_as_uint(x); }
-#else
-S3_INLINE float as_float(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
-S3_INLINE uint32_t as_bits(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
+
+// Rounding by the processor's instructions: to nearest, ties to even, as scalar.h has it.
+#define S3_OWN_BF16
+S3_INLINE bf16 to_bf16(float x) {
+  bf16 r;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r.bits) : "f"(x));
+  return r;
+}
+S3_INLINE float round_bf16(float x) { return as_float(static_cast<uint32_t>(to_bf16(x).bits) << 16); }
+
+#define S3_OWN_F16
+S3_INLINE f16 to_f16(float x) {
+  f16 r;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r.bits) : "f"(x));
+  return r;
+}
+
+#if __CUDA_ARCH__ >= 890
+#define S3_OWN_E4M3
+S3_INLINE e4m3 to_e4m3(float x) {
+  uint16_t pair; // the second operand is the lower byte
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(0.0f), "f"(x));
+  return {static_cast<uint8_t>(pair)};
+}
 #endif
 
 }  // namespace S3_ISA

@@ -124,6 +124,11 @@ struct Min {
 struct Amax : Max {
   template <class F> static __device__ __forceinline__ F none() { return 0; }
   template <class F> static __device__ __forceinline__ F of(F x) { return magnitude(x); }
+  /// magnitudes of floats are in the order of their bits, NaN above all
+  template <class F> static __device__ __forceinline__ F both(F x, F y) {
+    if constexpr (std::is_same_v<F, float>) return as_float(::max(as_bits(x), as_bits(y)));
+    else return Max::both<F>(x, y);
+  }
 };
 
 template <class R, class F>
