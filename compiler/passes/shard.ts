@@ -15,7 +15,7 @@ import type { Attrs } from "../../ir/attr.ts";
 import { UserError } from "../../ir/error.ts";
 import type { Graph, Op, Place, Slice, Value, Weight, WeightSource } from "../../ir/graph.ts";
 import { inferTypes, knowledge } from "../../ir/ops/index.ts";
-import { isFloat, type TensorType } from "../../ir/type.ts";
+import { type DType, isFloat, type TensorType, tensor } from "../../ir/type.ts";
 import type { Pass } from "../pass.ts";
 import { type Contraction, contraction } from "./contraction.ts";
 import { withoutDead } from "./dead.ts";
@@ -284,6 +284,8 @@ interface Emit {
   op(kind: string, inputs: readonly Value[], attrs: Attrs, name: string, origin: string | undefined): Value;
   like(op: Op, inputs: readonly Value[], attrs: Attrs): readonly Value[];
   sliced(weight: Value, ranges: readonly (Range | undefined)[]): Value;
+  /** a number that each rank has as a weight, so that ranks which differ in it alone have the same kernels */
+  number(value: number, dtype: DType): Value;
 }
 
 /** The ops of one exchange on one rank; gives the rank's partial. */
@@ -302,6 +304,17 @@ const onRank = (
   const here = new Map<string, OnRank>();
   for (const [i, v] of part.dispatch.outputs.entries()) here.set(v.name, { value: received[i] as Value, partial: false });
   const get = (v: Value): OnRank => here.get(v.name) ?? { value: free(v), partial: false };
+  const renumbered = new Map<string, Value>();
+  /** choices of experts, numbered from this rank's first one */
+  const choices = (ids: Value, first: number): Value => {
+    const { value } = get(ids) as Local;
+    if (first === 0) return value;
+    const known = renumbered.get(ids.name);
+    if (known !== undefined) return known;
+    const own = emit.op("sub", [value, emit.number(first, "i32")], {}, `${stem(ids.name)}_own`, part.dispatch.origin);
+    renumbered.set(ids.name, own);
+    return own;
+  };
 
   /** this rank's columns of a split value */
   const rangeOf = (v: Value): Range | undefined => {
@@ -325,7 +338,6 @@ const onRank = (
     const lead = c.ids === undefined ? [] : [experts];
     const w = emit.sliced(c.w, [...lead, rows, columns]);
     const attrs: Record<string, Attrs[string]> = { ...op.attrs };
-    if (experts !== undefined) attrs.first = firstOf(op) + experts[0];
     const inputs: Value[] = [x.value];
     if (xs !== undefined && c.ws !== undefined) {
       const [bn, bk] = op.attrs.block as readonly [number, number];
@@ -338,7 +350,7 @@ const onRank = (
       );
       if (wholeRow && columns !== undefined) attrs.block = [bn, columns[1] - columns[0]];
     } else inputs.push(w);
-    if (c.ids !== undefined) inputs.push((get(c.ids) as Local).value);
+    if (c.ids !== undefined) inputs.push(choices(c.ids, experts?.[0] ?? 0));
     const [value] = emit.like(op, inputs, attrs);
     return { value: value as Value, ...(rows === undefined ? {} : { columns: rows }), partial: columns !== undefined };
   };
@@ -388,10 +400,11 @@ const onRank = (
         here.set(first.name, "nothing");
         continue;
       }
-      const inputs = [y.value, ...op.inputs.slice(1).map((v) => (get(v) as Local).value)];
+      const [ids, weights] = op.inputs.slice(1) as [Value, Value];
       const total = split.groups > 1 ? expertsOf(part, plan) : 0;
       const [from, end] = share(total, split.groups, group);
-      const attrs = split.groups > 1 ? { ...op.attrs, first: firstOf(op) + from, count: end - from } : op.attrs;
+      const inputs = [y.value, choices(ids, from), (get(weights) as Local).value];
+      const attrs = split.groups > 1 ? { ...op.attrs, count: end - from } : op.attrs;
       here.set(first.name, { value: emit.like(op, inputs, attrs)[0] as Value, partial: y.partial || split.groups > 1 });
     } else {
       const operands = op.inputs.map(get);
@@ -430,8 +443,6 @@ const expertsOf = (part: Part, plan: Plan): number => {
     return cannotSplit(part.collect, "its grouped linears have different numbers of experts");
   return size;
 };
-
-const firstOf = (op: Op): number => (typeof op.attrs.first === "number" ? op.attrs.first : 0);
 
 /** A range of elements in blocks of `block`. */
 const inBlocks = (range: Range | undefined, block: number, op: Op): Range | undefined => {
@@ -591,6 +602,14 @@ const divide = (g: Graph, ranks: number, split: Split): Graph => {
           op.origin,
         ),
       sliced: (weight, ranges) => slicedWeight(rank, weight, ranges),
+      number: (value, dtype) => {
+        const key = `${rank} ${dtype} ${value}`;
+        const known = newWeights.get(key);
+        if (known) return known.value;
+        const named = { name: fresh(`number_${value}_f${rank}`), type: tensor(dtype, [1]) };
+        newWeights.set(key, { value: named, source: { kind: "literal", values: [value] } });
+        return named;
+      },
     };
   };
 
