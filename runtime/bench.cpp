@@ -564,19 +564,10 @@ Options readArguments(int argc, char **argv) {
 
 int main(int argc, char **argv) {
   using namespace s3;
-  try {
+  return toolMain("step3-bench", [&] {
     const Options options = readArguments(argc, argv);
     const Bundle bundle = Bundle::open(options.bundle);
     std::printf("%s\n", Bench(bundle, options).run().c_str());
-    return exit_done;
-  } catch (const Failure &e) {
-    std::fprintf(stderr, "step3-bench: %s\n", e.what());
-    return e.code;
-  } catch (const std::bad_alloc &) {
-    std::fprintf(stderr, "step3-bench: out of memory; use fewer layers or a smaller batch or context\n");
-    return exit_input;
-  } catch (const std::exception &e) {
-    std::fprintf(stderr, "step3-bench: internal error: %s\n", e.what());
-    return exit_internal;
-  }
+    return int{exit_done};
+  });
 }

@@ -1,5 +1,7 @@
 // How the runtime fails: one line for people, and the exit code of the command line's contract.
 #pragma once
+#include <cstdio>
+#include <new>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -25,6 +27,36 @@ std::string say(const Parts &...parts) {
 template <class... Parts>
 [[noreturn]] void fail(int code, const Parts &...parts) {
   throw Failure(code, say(parts...));
+}
+
+/// Does work that may throw, where nothing must: gives the exit code, and in `why` the line for people.
+template <class Work>
+int caught(std::string &why, const Work &work) {
+  try {
+    work();
+    return exit_done;
+  } catch (const Failure &e) {
+    why = e.what();
+    return e.code;
+  } catch (const std::bad_alloc &) {
+    why = "out of memory; use more ranks, or a smaller batch or context";
+    return exit_input;
+  } catch (const std::exception &e) {
+    why = say("internal error: ", e.what());
+    return exit_internal;
+  }
+}
+
+/// The main function of a tool: what went wrong on standard error, after the tool's name.
+template <class Work>
+int toolMain(const char *name, const Work &work) {
+  std::string why;
+  int code = exit_internal;
+  if (const int failed = caught(why, [&] { code = work(); })) {
+    std::fprintf(stderr, "%s: %s\n", name, why.c_str());
+    return failed;
+  }
+  return code;
 }
 
 }  // namespace s3

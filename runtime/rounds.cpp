@@ -232,13 +232,5 @@ int run(int argc, char **argv) {
 }  // namespace s3
 
 int main(int argc, char **argv) {
-  try {
-    return s3::run(argc, argv);
-  } catch (const s3::Failure &e) {
-    std::fprintf(stderr, "step3-rounds: %s\n", e.what());
-    return e.code;
-  } catch (const std::exception &e) {
-    std::fprintf(stderr, "step3-rounds: internal error: %s\n", e.what());
-    return s3::exit_internal;
-  }
+  return s3::toolMain("step3-rounds", [&] { return s3::run(argc, argv); });
 }

@@ -345,13 +345,5 @@ int run(int argc, char **argv) {
 }  // namespace s3
 
 int main(int argc, char **argv) {
-  try {
-    return s3::run(argc, argv);
-  } catch (const s3::Failure &e) {
-    std::fprintf(stderr, "step3-selftest: %s\n", e.what());
-    return e.code;
-  } catch (const std::exception &e) {
-    std::fprintf(stderr, "step3-selftest: internal error: %s\n", e.what());
-    return s3::exit_internal;
-  }
+  return s3::toolMain("step3-selftest", [&] { return s3::run(argc, argv); });
 }

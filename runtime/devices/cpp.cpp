@@ -130,7 +130,7 @@ struct Device {
 Device &of(s3_dev *dev) { return *reinterpret_cast<Device *>(dev); }
 
 int cppOpen(int, const char *program, const char *options, s3_dev **out) {
-  try {
+  return caught(open_error, [&] {
     auto d = std::make_unique<Device>();
     std::uint32_t threads = 1, spin = 2000;
     std::string isa;
@@ -158,14 +158,7 @@ int cppOpen(int, const char *program, const char *options, s3_dev **out) {
     d->memory.push_back(HostMemory::map(scratch, false));
     d->team = std::make_unique<Team>(threads, threads > 1 ? spin : 0, d->memory.back().address);
     *out = reinterpret_cast<s3_dev *>(d.release());
-    return 0;
-  } catch (const Failure &e) {
-    open_error = e.what();
-    return e.code;
-  } catch (const std::exception &e) {
-    open_error = e.what();
-    return exit_internal;
-  }
+  });
 }
 
 void cppClose(s3_dev *dev) { delete &of(dev); }

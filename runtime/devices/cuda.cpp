@@ -134,17 +134,10 @@ void *at(s3_span s) { return reinterpret_cast<std::uint8_t *>(s.mem) + s.off; }
 /// What every function of the table does around its work: the device is this thread's, and failures become codes.
 template <class Work>
 int guarded(Device &d, const Work &work) {
-  try {
+  return caught(d.error, [&] {
     check(cudaSetDevice(d.ordinal), "GPU");
     work(d);
-    return 0;
-  } catch (const Failure &e) {
-    d.error = e.what();
-    return e.code;
-  } catch (const std::exception &e) {
-    d.error = e.what();
-    return exit_internal;
-  }
+  });
 }
 
 template <class Work>
@@ -206,16 +199,9 @@ void open(int ordinal, const char *options, s3_dev **out) {
 }
 
 int cudaDevOpen(int ordinal, const char *, const char *options, s3_dev **out) {
-  try {
+  return caught(open_error, [&] {
     open(ordinal, options, out);
-    return 0;
-  } catch (const Failure &e) {
-    open_error = e.what();
-    return e.code;
-  } catch (const std::exception &e) {
-    open_error = e.what();
-    return exit_internal;
-  }
+  });
 }
 
 void cudaDevClose(s3_dev *dev) {

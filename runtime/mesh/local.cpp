@@ -46,7 +46,7 @@ struct Local {
 Local &of(s3_net *net) { return *reinterpret_cast<Local *>(net); }
 
 int localOpen(const char *config, std::uint32_t rank, const std::uint8_t wire[32], s3_dev *dev, const s3_device *device, s3_net **out) {
-  try {
+  return caught(open_error, [&] {
     const MeshConfig c = MeshConfig::read(config);
     auto local = std::make_unique<Local>(c, rank, dev, device);
     std::copy(wire, wire + 32, local->wire.begin());
@@ -80,14 +80,7 @@ int localOpen(const char *config, std::uint32_t rank, const std::uint8_t wire[32
       return h->failure;
     };
     *out = reinterpret_cast<s3_net *>(local.release());
-    return 0;
-  } catch (const Failure &e) {
-    open_error = e.what();
-    return e.code;
-  } catch (const std::exception &e) {
-    open_error = e.what();
-    return exit_internal;
-  }
+  });
 }
 
 int localBind(s3_net *net, const s3_key *key) { return of(net).mesh.bind(*key); }

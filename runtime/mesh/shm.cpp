@@ -553,7 +553,7 @@ Shm::~Shm() {
 }
 
 int open(bool direct, const char *config, std::uint32_t rank, const std::uint8_t wire[32], s3_dev *dev, const s3_device *device, s3_net **out) {
-  try {
+  return caught(open_error, [&] {
     MeshConfig c = MeshConfig::read(config);
     if (c.session.empty() || c.session.size() > 60) fail(exit_usage, "--session needs a name of 1 to 60 characters");
     for (const char ch : c.session)
@@ -564,14 +564,7 @@ int open(bool direct, const char *config, std::uint32_t rank, const std::uint8_t
     if (direct) mesh = std::make_unique<DirectMesh>(std::move(c), rank, dev, device);
     else mesh = std::make_unique<HostMesh>(std::move(c), rank, dev, device);
     *out = reinterpret_cast<s3_net *>(std::make_unique<Shm>(std::move(mesh), direct, wire, dev, device).release());
-    return 0;
-  } catch (const Failure &e) {
-    open_error = e.what();
-    return e.code;
-  } catch (const std::exception &e) {
-    open_error = e.what();
-    return exit_internal;
-  }
+  });
 }
 int shmOpen(const char *config, std::uint32_t rank, const std::uint8_t wire[32], s3_dev *dev, const s3_device *device, s3_net **out) {
   return open(false, config, rank, wire, dev, device, out);
