@@ -558,7 +558,10 @@ const weightsSelected = (flow: Flow, e: number, arrived: readonly Value[]): numb
   arrived.forEach((v, f) => {
     for (const op of flow.blocks[f]?.[e] ?? []) most = Math.max(most, experts(op, v.name));
   });
-  return most === 0 ? undefined : most;
+  if (most === 0) return undefined;
+  // ranks with experts of their own number them from their first one
+  const all = flow.dispatches[e]?.attrs.experts;
+  return typeof all === "number" ? all : most;
 };
 
 /** schedule, direction, attention rank, slot, tensor; pulled tensors are numbered per FFN rank, pushed ones go to all under one number */

@@ -632,9 +632,11 @@ const divide = (g: Graph, ranks: number, split: Split): Graph => {
     const received = Array.from({ length: ranks }, (_, rank) =>
       dispatch.outputs.map((v) => ({ name: fresh(`${stem(v.name)}_f${rank}`), type: v.type })),
     );
-    ops.push({ ...dispatch, attrs: { ...dispatch.attrs, ranks }, outputs: received.flat() });
     const plan = planned(g, flow, part, split);
     checkBlocks(g, part, plan, split);
+    const chooses = split.groups > 1 && plan.grouped.size > 0 && part.ops.some((op) => contraction(op)?.ids !== undefined);
+    const attrs = { ...dispatch.attrs, ranks, ...(chooses ? { experts: expertsOf(part, plan) } : {}) };
+    ops.push({ ...dispatch, attrs, outputs: received.flat() });
     partials.set(
       part.collect,
       received.map((values, rank) => onRank(part, plan, split, rank, values, freeOn(rank), emitOn(rank))),

@@ -24,7 +24,11 @@ const values: Sample["values"] = ["normal", "positive", { below: 8 }, "unit"];
 export const dispatch: Knowledge = {
   name: "dispatch",
   summary: "values... -> the same values on each FFN rank, rank by rank: attention to FFN",
-  attrs: { exchange, ranks: "FFN ranks; 1, the default, before the graph is sharded" },
+  attrs: {
+    exchange,
+    ranks: "FFN ranks; 1, the default, before the graph is sharded",
+    experts: "among how many experts of all ranks integers choose, where ranks have experts of their own",
+  },
   inputs: ["values..."],
   rowwise: "row",
   infer: inferDispatch,
