@@ -22,7 +22,7 @@ const drawFor = (op: Op, i: number): Draw => {
   const types = op.inputs.map((v) => v.type);
   if (op.kind === "gather" && i === 1) return { below: (types[0] as TensorType).shape[0] as number };
   if (op.kind === "rotary" && i === 2) return { below: (types[1] as TensorType).shape[0] as number };
-  if (/grouped_linear$/.test(op.kind) && i === op.inputs.length - 1)
+  if (op.kind.endsWith("grouped_linear") && i === op.inputs.length - 1)
     return {
       below: Number((types.at(op.kind.startsWith("scaled") ? 2 : 1) as TensorType).shape[0]) + Number(op.attrs.first ?? 0),
     };
