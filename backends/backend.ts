@@ -111,7 +111,6 @@ export interface RenderedKernel {
   readonly scratch: number;
 }
 
-// What in-tree backends are made with, for others too. Types of the IR and what is known of ops come from `step3c/ir`.
 export {
   type Dialect,
   elementStatements,
@@ -129,6 +128,8 @@ export {
   tokenSymbol,
   variableType,
 } from "./c_family.ts";
+// What in-tree backends are made with, for others too. Types of the IR and what is known of ops come from `step3c/ir`.
+export { appendContext, hasTokenRows, pagesOf, stateOf, tensorOf } from "./cache.ts";
 export { type Producers, producersOf, recognise } from "./recognise.ts";
 export { dialect, scalarHeader, storage } from "./scalar.ts";
 export { compileTemplate, loadTemplate, loadText, sourceFile, type Template } from "./template.ts";

@@ -261,39 +261,55 @@ constexpr int64_t partial_bytes = static_cast<int64_t>(group_rows) * Dim * 4 + g
 /// floor(all * a / b)
 __device__ __forceinline__ uint32_t part_of(uint32_t all, uint32_t a, uint32_t b) { return all / b * a + all % b * a / b; }
 
-/// Adds up fours of sums [from, to) of all `count` pieces of a unit. Fours count the 128 threads of a warpgroup first, then 8 columns.
+/// Sums of all pieces of a unit, of two rows eight apart, and what makes results of them.
+template <int Fours>
+struct Added {
+  float4 sum[Fours];
+  float norm[2];
+};
+
+/// Adds up some fours of sums, of the same rows, of all `count` pieces of a unit. Fours count the 128 threads of a warpgroup first, then 8 columns.
+template <int Dim, int Fours, class Slot>
+__device__ __forceinline__ Added<Fours> add_pieces(Slot slot_of, int count, const uint8_t *scratch, int row, const int (&four)[Fours]) {
+  Added<Fours> added{};
+  float4(&sum)[Fours] = added.sum;
+  float most[2] = {-infinity, -infinity}, total[2] = {};
+  const int pieces = (count + 3) / 4 * 4; // four are on their way together; the last is repeated with no weight
+#pragma unroll 4
+  for (int p = 0; p < pieces; ++p) {
+    const uint8_t *const piece = scratch + static_cast<int64_t>(slot_of(min(p, count - 1))) * partial_bytes<Dim>;
+    const float2 *const state = reinterpret_cast<const float2 *>(piece + group_rows * Dim * 4);
+    float2 first = __ldcg(state + row), second = __ldcg(state + row + 8);
+    float4 x[Fours];
+#pragma unroll
+    for (int i = 0; i < Fours; ++i) x[i] = __ldcg(reinterpret_cast<const float4 *>(piece) + four[i]);
+    if (p >= count) first.x = second.x = -infinity;
+    const float now[2] = {fmaxf(most[0], first.x), fmaxf(most[1], second.x)};
+    const float kept[2] = {power_of_two(most[0] - now[0]), power_of_two(most[1] - now[1])};
+    const float taken[2] = {power_of_two(first.x - now[0]), power_of_two(second.x - now[1])};
+    most[0] = now[0], most[1] = now[1];
+    total[0] = fmaf(total[0], kept[0], first.y * taken[0]);
+    total[1] = fmaf(total[1], kept[1], second.y * taken[1]);
+#pragma unroll
+    for (int i = 0; i < Fours; ++i) {
+      sum[i].x = fmaf(sum[i].x, kept[0], x[i].x * taken[0]), sum[i].y = fmaf(sum[i].y, kept[0], x[i].y * taken[0]);
+      sum[i].z = fmaf(sum[i].z, kept[1], x[i].z * taken[1]), sum[i].w = fmaf(sum[i].w, kept[1], x[i].w * taken[1]);
+    }
+  }
+  added.norm[0] = 1.0f / total[0], added.norm[1] = 1.0f / total[1];
+  return added;
+}
+
+/// Adds up fours of sums [from, to) of all `count` pieces of a unit.
 template <int Dim, int Threads, class Slot>
 __device__ __forceinline__ void add_up(Slot slot_of, int count, const uint8_t *scratch, bf16 *out, int rows, int from, int to) {
-  constexpr int at_once = 2;
   const int in_group = (from + static_cast<int>(threadIdx.x)) % 128, row = in_group / 32 * 16 + in_group % 32 / 4;
-  for (int four = from + static_cast<int>(threadIdx.x); four < to; four += at_once * Threads) {
-    float most[2] = {-infinity, -infinity}, total[2] = {};
-    float4 sum[at_once] = {};
-    const int pieces = (count + 3) / 4 * 4; // four are on their way together; the last is repeated with no weight
-#pragma unroll 4
-    for (int p = 0; p < pieces; ++p) {
-      const uint8_t *const piece = scratch + static_cast<int64_t>(slot_of(min(p, count - 1))) * partial_bytes<Dim>;
-      const float2 *const state = reinterpret_cast<const float2 *>(piece + group_rows * Dim * 4);
-      float2 first = __ldcg(state + row), second = __ldcg(state + row + 8);
-      float4 x[at_once];
+  for (int first = from + static_cast<int>(threadIdx.x); first < to; first += 2 * Threads) {
+    const int four[2] = {first, min(first + Threads, to - 1)};
+    const Added<2> x = add_pieces<Dim>(slot_of, count, scratch, row, four);
 #pragma unroll
-      for (int i = 0; i < at_once; ++i) x[i] = __ldcg(reinterpret_cast<const float4 *>(piece) + min(four + i * Threads, to - 1));
-      if (p >= count) first.x = second.x = -infinity;
-      const float now[2] = {fmaxf(most[0], first.x), fmaxf(most[1], second.x)};
-      const float kept[2] = {power_of_two(most[0] - now[0]), power_of_two(most[1] - now[1])};
-      const float taken[2] = {power_of_two(first.x - now[0]), power_of_two(second.x - now[1])};
-      most[0] = now[0], most[1] = now[1];
-      total[0] = fmaf(total[0], kept[0], first.y * taken[0]);
-      total[1] = fmaf(total[1], kept[1], second.y * taken[1]);
-#pragma unroll
-      for (int i = 0; i < at_once; ++i) {
-        sum[i].x = fmaf(sum[i].x, kept[0], x[i].x * taken[0]), sum[i].y = fmaf(sum[i].y, kept[0], x[i].y * taken[0]);
-        sum[i].z = fmaf(sum[i].z, kept[1], x[i].z * taken[1]), sum[i].w = fmaf(sum[i].w, kept[1], x[i].w * taken[1]);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < at_once; ++i)
-      if (four + i * Threads < to) write_result(out, Dim, row, (four + i * Threads) / 128 * 8 + in_group % 4 * 2, rows, sum[i], 1.0f / total[0], 1.0f / total[1]);
+    for (int i = 0; i < 2; ++i)
+      if (first + i * Threads < to) write_result(out, Dim, row, four[i] / 128 * 8 + in_group % 4 * 2, rows, x.sum[i], x.norm[0], x.norm[1]);
   }
 }
 

@@ -10,6 +10,8 @@
 //
 // Codes (e4m3) are multiplied as they are. Queries and weights of the softmax, which are finer, are sums of two codes. 8-bit products are
 // added up in few bits by the hardware, so the low codes come first and each tile's sums of values are added in f32 by the threads.
+//
+// Queries may be rotated as they are loaded, and results quantised before they are written: 128 columns are in one warp then.
 #pragma once
 #include "attention.cuh"
 #include "hopper.cuh"
@@ -85,6 +87,49 @@ struct Codes {
 };
 
 }  // namespace hopper
+
+// --- queries and results ------------------------------------------------------------------------------------------------------------
+
+/// bf16 queries, as they are.
+struct Queries {
+  const bf16 *q;
+  static constexpr bool rotated = false;
+};
+/// Queries that are rotated first, and rounded again: cosines in the first half of a row of the table, sines in the second.
+struct RotatedQueries {
+  const bf16 *q;
+  const float *table;
+  int positions;
+  static constexpr bool rotated = true;
+  template <int Dim>
+  __device__ __forceinline__ const float *row(int position) const { return table + static_cast<int64_t>(max(0, min(position, positions - 1))) * Dim; }
+};
+/// Results in bf16.
+struct Results {
+  bf16 *out;
+  static constexpr bool quantised = false;
+};
+constexpr int result_group = 128; // columns that share a scale
+/// Results in bf16, quantised: codes, and a scale for each group of columns.
+struct QuantisedResults {
+  e4m3 *codes;
+  float *scales;
+  static constexpr bool quantised = true;
+};
+
+/// The scale of values of which this thread's largest magnitude has these bits, and the warp's is the group's.
+__device__ __forceinline__ float scale_of_group(uint32_t magnitude) {
+  const float raw = __fdiv_rn(as_float(__reduce_max_sync(0xffffffffu, magnitude)), 448.0f);
+  return raw == 0.0f ? 1.0f : raw;
+}
+/// The larger magnitude of two bf16, as bits of a float.
+__device__ __forceinline__ uint32_t largest_of(uint32_t two) { return max(two << 16 & 0x7fffffffu, two & 0x7fff0000u); }
+/// Two bf16 as codes.
+__device__ __forceinline__ uint16_t codes_of(uint32_t two, float scale) {
+  uint16_t codes;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(codes) : "f"(__fdiv_rn(as_float(two & 0xffff0000u), scale)), "f"(__fdiv_rn(as_float(two << 16), scale)));
+  return codes;
+}
 
 // --- sizes ------------------------------------------------------------------------------------------------------------------------
 
@@ -259,9 +304,9 @@ __device__ __forceinline__ int head_of(uint32_t part) {
   return static_cast<int>(part / blocks * Group + part % blocks * group_rows);
 }
 
-template <class E, int Heads, int Group, int Dim>
+template <class E, int Heads, int Group, int Dim, class From>
 __device__ __forceinline__ void fetch(typename HopperShape<E, Dim>::Control &control, uint8_t *ring, const s3_head *heads, uint32_t segments, uint32_t stride,
-                                      const bf16 *q, const uint8_t *pool, const int32_t *pages, const int32_t *position, int pages_of_row, const uint32_t *notes) {
+                                      const From &from_queries, const uint8_t *pool, const int32_t *pages, const int32_t *position, int pages_of_row, const uint32_t *notes) {
   using S = HopperShape<E, Dim>;
   constexpr int Parts = Heads * ((Group + group_rows - 1) / group_rows);
   const Rows rows{heads, position, stride, segments * stride, S::stage / 4, notes};
@@ -297,10 +342,11 @@ __device__ __forceinline__ void fetch(typename HopperShape<E, Dim>::Control &con
       }
       u.first_block = static_cast<int32_t>(blockIdx.x) - u.piece;
       control.unit_full[unit].arrive();
+      if constexpr (From::rotated) hopper::prefetch(from_queries.template row<Dim>(last), Dim * 4);
     }
     if (waited && lane == 0) {
       const int first_head = head_of<Group>(part), queries = min(group_rows, Group - first_head % Group);
-      hopper::prefetch(q + (static_cast<int64_t>(row) * Heads * Group + first_head) * Dim, queries * Dim * 2);
+      hopper::prefetch(from_queries.q + (static_cast<int64_t>(row) * Heads * Group + first_head) * Dim, queries * Dim * 2);
     }
     if (++unit == units_ahead) unit = 0, unit_phase ^= 1;
 
@@ -345,19 +391,55 @@ __device__ __forceinline__ void fetch(typename HopperShape<E, Dim>::Control &con
 
 // --- the warpgroups that compute ----------------------------------------------------------------------------------------------------
 
+/// What turns eight elements of a head: with those of the other half of the head, which another thread of the warp has.
+template <int Dim>
+struct Rotation {
+  float cosine[8], sine[8];
+  __device__ __forceinline__ Rotation(const float *row, int piece) {
+    const float4 *const from = reinterpret_cast<const float4 *>(row + piece % (Dim / 16) * 8);
+    const float sign = piece < Dim / 16 ? -1.0f : 1.0f;
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const float4 c = from[j], s = from[Dim / 8 + j];
+      cosine[4 * j] = c.x, cosine[4 * j + 1] = c.y, cosine[4 * j + 2] = c.z, cosine[4 * j + 3] = c.w;
+      sine[4 * j] = sign * s.x, sine[4 * j + 1] = sign * s.y, sine[4 * j + 2] = sign * s.z, sine[4 * j + 3] = sign * s.w;
+    }
+  }
+  __device__ __forceinline__ uint4 of(uint4 x) const {
+    const uint32_t own[4] = {x.x, x.y, x.z, x.w};
+    uint32_t y[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const uint32_t other = __shfl_xor_sync(0xffffffffu, own[j], Dim / 16);
+      const float low = __fadd_rn(__fmul_rn(as_float(own[j] << 16), cosine[2 * j]), __fmul_rn(as_float(other << 16), sine[2 * j]));
+      const float high =
+          __fadd_rn(__fmul_rn(as_float(own[j] & 0xffff0000u), cosine[2 * j + 1]), __fmul_rn(as_float(other & 0xffff0000u), sine[2 * j + 1]));
+      y[j] = pack_bf16(low, high);
+    }
+    return uint4{y[0], y[1], y[2], y[3]};
+  }
+};
+/// Nothing to turn.
+struct NoRotation {
+  __device__ __forceinline__ NoRotation(const float *, int) {}
+  __device__ __forceinline__ uint4 of(uint4 x) const { return x; }
+};
+
 /// Rows of the queries of a unit in shared memory, as keys lie in a page; codes with the scale of each row. Rows past `count` repeat the last.
-template <class E, int Dim>
-__device__ __forceinline__ void load_queries(const bf16 *q, int count, uint8_t *to, float *row_scale, float scale) {
+/// `turn`: the row of the table that rotates them.
+template <class E, int Dim, class Turn>
+__device__ __forceinline__ void load_queries(const bf16 *q, int count, const float *turn, uint8_t *to, float *row_scale, float scale) {
   constexpr int in_row = Dim / 8, at_once = 256 / in_row, times = group_rows / at_once; // 16-byte pieces of a row, rows
   constexpr int step = at_once * (sizeof(E) == 2 || Dim >= 128 ? 128 : 64); // what is exchanged within rows does not change from step to step
   const int row = static_cast<int>(threadIdx.x) / in_row, piece = static_cast<int>(threadIdx.x) % in_row;
+  const Turn rotation(turn, piece);
   uint4 x[times];
 #pragma unroll
   for (int i = 0; i < times; ++i) x[i] = *reinterpret_cast<const uint4 *>(q + min(row + i * at_once, count - 1) * Dim + piece * 8);
   if constexpr (sizeof(E) == 2) {
     uint8_t *const at = to + Page<bf16, Dim>::key(row, piece * 8);
 #pragma unroll
-    for (int i = 0; i < times; ++i) *reinterpret_cast<uint4 *>(at + i * step) = x[i];
+    for (int i = 0; i < times; ++i) *reinterpret_cast<uint4 *>(at + i * step) = rotation.of(x[i]);
   } else {
     // first as they are, where the high and low codes of the row will be
     uint8_t *raw = to + piece * 16 / Dim * (group_rows * Dim) + Page<E, Dim>::key(row, piece * 16 % Dim), *high = to + Page<E, Dim>::key(row, piece * 8);
@@ -365,7 +447,7 @@ __device__ __forceinline__ void load_queries(const bf16 *q, int count, uint8_t *
     for (int i = 0; i < times; ++i) *reinterpret_cast<uint4 *>(raw + i * step) = x[i];
 #pragma unroll 2
     for (int i = 0; i < times; ++i, raw += step, high += step) {
-      const uint4 own = *reinterpret_cast<const uint4 *>(raw);
+      const uint4 own = rotation.of(*reinterpret_cast<const uint4 *>(raw));
       const uint32_t words[4] = {own.x, own.y, own.z, own.w};
       float y[8], most = 0.0f;
 #pragma unroll
@@ -551,9 +633,10 @@ __device__ __forceinline__ uint32_t arrive(const Unit &u, uint32_t *word) {
 }
 
 /// The end of a unit: both warpgroups put half of their sums at a time into the stages of their last tiles, and all threads add them up.
-template <class S, int Dim>
+/// Results to be quantised go where the queries were.
+template <class S, int Dim, class To>
 __device__ __forceinline__ void finish(const Running<Dim> &r, const Unit &u, typename S::Control &control, bool has_part, uint8_t *first_stage, uint8_t *second_stage,
-                                       uint8_t *scratch, bf16 *out, int rows) {
+                                       uint8_t *queries, uint8_t *scratch, const To &to_results, int64_t at, int rows) {
   constexpr int half = Dim / 16; // fours of a thread
   const int thread = static_cast<int>(threadIdx.x % 128), group = static_cast<int>(threadIdx.x / 128), row = thread / 32 * 16 + thread % 32 / 4;
 #pragma unroll
@@ -596,8 +679,14 @@ __device__ __forceinline__ void finish(const Running<Dim> &r, const Unit &u, typ
       const float4 sum{fmaf(a.x, weights[0][0], b.x * weights[1][0]), fmaf(a.y, weights[0][0], b.y * weights[1][0]),
                        fmaf(a.z, weights[0][1], b.z * weights[1][1]), fmaf(a.w, weights[0][1], b.w * weights[1][1])};
       const int four = part * half + i;
-      if (whole) write_result(out, Dim, row, four * 8 + thread % 4 * 2, rows, sum, 1.0f, 1.0f);
-      else __stcg(reinterpret_cast<float4 *>(partial) + four * 128 + thread, sum);
+      if (!whole) {
+        __stcg(reinterpret_cast<float4 *>(partial) + four * 128 + thread, sum);
+      } else if constexpr (To::quantised) {
+        *reinterpret_cast<uint32_t *>(queries + Page<bf16, Dim>::key(row, four * 8 + thread % 4 * 2)) = pack_bf16(sum.x, sum.y);
+        *reinterpret_cast<uint32_t *>(queries + Page<bf16, Dim>::key(row + 8, four * 8 + thread % 4 * 2)) = pack_bf16(sum.z, sum.w);
+      } else {
+        write_result(to_results.out + at, Dim, row, four * 8 + thread % 4 * 2, rows, sum, 1.0f, 1.0f);
+      }
     }
   }
   hopper::fence_async();
@@ -605,9 +694,56 @@ __device__ __forceinline__ void finish(const Running<Dim> &r, const Unit &u, typ
   hopper::meet(1, 256);
 }
 
-template <class E, int Heads, int Group, int Dim>
-__device__ __forceinline__ void compute(typename HopperShape<E, Dim>::Control &control, uint8_t *queries, uint8_t *ring, const bf16 *q, float scale, bf16 *out,
-                                        uint8_t *scratch, uint32_t *counters) {
+/// Quantises the results of a whole unit, which lie in shared memory as keys in a page: a warp for each group of columns.
+template <int Dim>
+__device__ __forceinline__ void quantise_unit(const uint8_t *results, int rows, const QuantisedResults &to, int64_t at) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+#pragma unroll 2
+  for (int group = static_cast<int>(threadIdx.x / 32); group < rows * Dim / result_group; group += 8) {
+    const int first = group * result_group + lane * 4;
+    const uint2 x = *reinterpret_cast<const uint2 *>(results + Page<bf16, Dim>::key(first / Dim, first % Dim));
+    const float scale = scale_of_group(max(largest_of(x.x), largest_of(x.y)));
+    *reinterpret_cast<uint32_t *>(to.codes + at + first) = codes_of(x.x, scale) | static_cast<uint32_t>(codes_of(x.y, scale)) << 16;
+    if (lane == 0) to.scales[at / result_group + group] = scale;
+  }
+}
+
+/// Two groups of columns of a unit are 64 fours, of rows eight apart: of one head, or of two neighbours where heads are narrow.
+template <int Dim>
+constexpr int group_pairs = group_rows * Dim / result_group / 2;
+
+/// Adds up and quantises pairs of groups [from, to) of all `count` pieces of a unit: a warp for each.
+template <int Dim, class Slot>
+__device__ __forceinline__ void add_up_quantised(Slot slot_of, int count, const uint8_t *scratch, const QuantisedResults &results, int64_t at, int rows, int from, int to) {
+  constexpr int threads = Dim < result_group ? 4 * result_group / Dim : 4, blocks = 64 / threads; // of a warpgroup, and of 8 columns, in a pair
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  for (int pair = from + static_cast<int>(threadIdx.x / 32); pair < to; pair += 8) {
+    const int thread = pair % (128 / threads) * threads + lane % threads, block = pair / (128 / threads) * blocks + lane / threads;
+    const int row = thread / 32 * 16 + thread % 32 / 4;
+    const int four[2] = {block * 128 + thread, (block + blocks / 2) * 128 + thread};
+    const Added<2> x = add_pieces<Dim>(slot_of, count, scratch, row, four);
+    uint32_t two[2][2]; // by row
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      two[0][i] = pack_bf16(x.sum[i].x * x.norm[0], x.sum[i].y * x.norm[0]);
+      two[1][i] = pack_bf16(x.sum[i].z * x.norm[1], x.sum[i].w * x.norm[1]);
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float scale = scale_of_group(max(largest_of(two[i][0]), largest_of(two[i][1])));
+      if (row + 8 * i < rows) {
+        const int64_t first = at + (row + 8 * i) * Dim + block * 8 + thread % 4 * 2;
+#pragma unroll
+        for (int j = 0; j < 2; ++j) *reinterpret_cast<uint16_t *>(results.codes + first + j * (blocks / 2) * 8) = codes_of(two[i][j], scale);
+        if (lane == 0) results.scales[first / result_group] = scale;
+      }
+    }
+  }
+}
+
+template <class E, int Heads, int Group, int Dim, class From, class To>
+__device__ __forceinline__ void compute(typename HopperShape<E, Dim>::Control &control, uint8_t *queries, uint8_t *ring, const From &from_queries, float scale,
+                                        const To &to_results, uint8_t *scratch, uint32_t *counters) {
   using S = HopperShape<E, Dim>;
   const int thread = static_cast<int>(threadIdx.x % 128), group = static_cast<int>(threadIdx.x / 128), row = thread / 32 * 16 + thread % 32 / 4;
   const float to_powers = scale * 1.44269504f; // e^x = 2^(x log2 e)
@@ -624,7 +760,9 @@ __device__ __forceinline__ void compute(typename HopperShape<E, Dim>::Control &c
 
     const int first_head = head_of<Group>(u.part), heads = min(group_rows, Group - first_head % Group);
     const int64_t at = (static_cast<int64_t>(u.row) * Heads * Group + first_head) * Dim;
-    load_queries<E, Dim>(q + at, heads, queries, control.row_scale, to_powers);
+    if constexpr (From::rotated)
+      load_queries<E, Dim, Rotation<Dim>>(from_queries.q + at, heads, from_queries.template row<Dim>(u.last_position), queries, control.row_scale, to_powers);
+    else load_queries<E, Dim, NoRotation>(from_queries.q + at, heads, nullptr, queries, control.row_scale, to_powers);
     hopper::fence_async();
     hopper::meet(1, 256);
     float factor[2] = {to_powers, to_powers};
@@ -652,22 +790,27 @@ __device__ __forceinline__ void compute(typename HopperShape<E, Dim>::Control &c
     const uint32_t last_stage = RingPlace<S::stages>(tile - 1).stage(), stage_before = u.count == 1 ? last_stage : RingPlace<S::stages>(tile - 2).stage();
     const uint32_t even_stage = tile % 2 == 1 ? last_stage : stage_before, odd_stage = tile % 2 == 1 ? stage_before : last_stage;
     const bool has_part = u.count > 1 || (tile - 1) % 2 == static_cast<uint32_t>(group);
-    finish<S, Dim>(r, u, control, has_part, ring + even_stage * (2 * S::half), ring + odd_stage * (2 * S::half), scratch, out + at, heads);
+    finish<S, Dim>(r, u, control, has_part, ring + even_stage * (2 * S::half), ring + odd_stage * (2 * S::half), queries, scratch, to_results, at, heads);
     if (has_part && thread % 32 == 0) control.empty[group == 0 ? even_stage : odd_stage].arrive();
-    if (u.pieces == 1) continue;
+    if (u.pieces == 1) {
+      if constexpr (To::quantised) quantise_unit<Dim>(queries, heads, to_results, at);
+      continue;
+    }
     if (threadIdx.x == 0) control.told = arrive(u, counters + u.first_block);
     hopper::meet(1, 256);
     const uint32_t adds = control.told;
     if (adds == adds_none) continue;
-    constexpr int fours = Dim / 8 * 128;
-    const int from = adds == adds_all ? 0 : static_cast<int>(part_of(fours, u.piece, u.helpers)), to = adds == adds_all ? fours : static_cast<int>(part_of(fours, u.piece + 1, u.helpers));
-    add_up<Dim, 256>([&](int p) { return slot_of(u, p); }, u.pieces, scratch, out + at, heads, from, to);
+    constexpr int all = To::quantised ? group_pairs<Dim> : Dim / 8 * 128;
+    const int from = adds == adds_all ? 0 : static_cast<int>(part_of(all, u.piece, u.helpers)), to = adds == adds_all ? all : static_cast<int>(part_of(all, u.piece + 1, u.helpers));
+    const auto slot = [&](int p) { return slot_of(u, p); };
+    if constexpr (To::quantised) add_up_quantised<Dim>(slot, u.pieces, scratch, to_results, at, heads, from, to);
+    else add_up<Dim, 256>(slot, u.pieces, scratch, to_results.out + at, heads, from, to);
   }
 }
 
-template <class E, int Heads, int Group, int Dim>
-__global__ void __launch_bounds__(384, 1) attend_hopper_kernel(const s3_head *heads, uint32_t segments, uint32_t stride, const bf16 *q, const uint8_t *pool,
-                                                               const int32_t *pages, const int32_t *position, int pages_of_row, float scale, bf16 *out,
+template <class E, int Heads, int Group, int Dim, class From, class To>
+__global__ void __launch_bounds__(384, 1) attend_hopper_kernel(const s3_head *heads, uint32_t segments, uint32_t stride, From queries, const uint8_t *pool,
+                                                               const int32_t *pages, const int32_t *position, int pages_of_row, float scale, To results,
                                                                uint8_t *scratch, uint32_t *counters) {
   using S = HopperShape<E, Dim>;
   extern __shared__ __align__(1024) uint8_t shared[];
@@ -686,20 +829,23 @@ __global__ void __launch_bounds__(384, 1) attend_hopper_kernel(const s3_head *he
   if (threadIdx.x >= 256) {
     hopper::give_registers<40>();
     if (threadIdx.x < 288)
-      fetch<E, Heads, Group, Dim>(control, shared + S::query, heads, segments, stride, q, pool, pages, position, pages_of_row, notes);
+      fetch<E, Heads, Group, Dim>(control, shared + S::query, heads, segments, stride, queries, pool, pages, position, pages_of_row, notes);
   } else {
     hopper::take_registers<232>();
-    compute<E, Heads, Group, Dim>(control, shared, shared + S::query, q, scale, out, scratch, counters);
+    compute<E, Heads, Group, Dim>(control, shared, shared + S::query, queries, scale, results, scratch, counters);
   }
 }
 
 /// Attention of every row of a launch over cache positions 0 .. position[row]; `Group` query heads share a KV head. `scale` is above 0.
-template <class Q, class E, int Heads, int Group, int Dim>
-cudaError_t attend_hopper(const Call &c, const Q *q, const uint8_t *pool, const int32_t *pages, const int32_t *position, int pages_of_row, float scale, Q *out) {
+/// QuantisedResults: the heads of a group of columns share a KV head.
+template <class Q, class E, int Heads, int Group, int Dim, class From, class To>
+cudaError_t attend_hopper(const Call &c, const From &queries, const uint8_t *pool, const int32_t *pages, const int32_t *position, int pages_of_row, float scale,
+                          const To &results) {
+  static_assert(!To::quantised || Group * Dim % result_group == 0);
   using S = HopperShape<E, Dim>;
   const uint32_t blocks = static_cast<uint32_t>(c.processors) < most_blocks ? static_cast<uint32_t>(c.processors) : most_blocks;
-  return launch(attend_hopper_kernel<E, Heads, Group, Dim>, dim3(c.stride == 0 ? 0 : blocks), dim3(384), S::shared, c, c.heads, c.segments, c.stride, q, pool, pages,
-                position, pages_of_row, scale, out, c.scratch, c.counters);
+  return launch(attend_hopper_kernel<E, Heads, Group, Dim, From, To>, dim3(c.stride == 0 ? 0 : blocks), dim3(384), S::shared, c, c.heads, c.segments, c.stride, queries,
+                pool, pages, position, pages_of_row, scale, results, c.scratch, c.counters);
 }
 
 }  // namespace s3
