@@ -102,7 +102,7 @@ struct SumOf<int8_t> { using type = int32_t; };
 constexpr int plain_warps = 8, plain_columns = 4 * plain_warps;
 
 /// A warp for four columns of a row: its lanes take every 32nd k, and add up what they have in a fixed order. Finish has
-/// `(0, row, column, sums[1][4], count)`, which turns sums into results.
+/// `(row, column, sums[4], count)`, which turns sums into results.
 template <bool Scaled, class X, class W, class Finish>
 __global__ void __launch_bounds__(32 * plain_warps) plain_kernel(Contraction d, Rows rows, Choice choice, const X *x, const float *xs, const W *w, const float *ws, Finish finish) {
   using Sum = typename SumOf<W>::type;
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(32 * plain_warps) plain_kernel(Contraction d, 
   for (int64_t row = blockIdx.y; row < rows.capacity(); row += gridDim.y) {
     if (!rows.has(row)) continue;
     const int32_t matrix = choice.matrix(row);
-    float sums[1][4] = {};
+    float sums[4] = {};
     if (matrix >= 0) {
       const int64_t source = choice.source(row);
       const X *const from = x + source * d.inner;
@@ -134,12 +134,12 @@ __global__ void __launch_bounds__(32 * plain_warps) plain_kernel(Contraction d, 
           const Sum a = static_cast<Sum>(value(from[k]));
           for (int i = 0; i < 4; ++i) part[i] += a * static_cast<Sum>(value(line[i][k]));
         }
-        for (int i = 0; i < 4; ++i) sums[0][i] += Scaled ? static_cast<float>(part[i]) * (xs[source * groups + g] * scale[i][g]) : static_cast<float>(part[i]);
+        for (int i = 0; i < 4; ++i) sums[i] += Scaled ? static_cast<float>(part[i]) * (xs[source * groups + g] * scale[i][g]) : static_cast<float>(part[i]);
       }
       for (int i = 0; i < 4; ++i)
-        for (int other = 16; other > 0; other /= 2) sums[0][i] += __shfl_xor_sync(0xFFFFFFFFu, sums[0][i], other);
+        for (int other = 16; other > 0; other /= 2) sums[i] += __shfl_xor_sync(0xFFFFFFFFu, sums[i], other);
     }
-    if (lane == 0 && (matrix >= 0 || choice.zeros)) finish(0, row, column, sums, count);
+    if (lane == 0 && (matrix >= 0 || choice.zeros)) finish(row, column, sums, count);
   }
 }
 
