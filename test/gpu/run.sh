@@ -41,7 +41,7 @@ for bundle in bundles/*/; do
     "$build/runtime/step3-run" --bundle "$bundle" "${programs[@]}" --transport "$transport" --score --logits "$build/$name.f32" <"$bundle.jsonl" >"$build/$name.scores" 2>"$build/$name.err" ||
       { verdict 1 "$name over $transport: $(tail -1 "$build/$name.err")"; continue; }
     for prompt in 0 1 2; do
-      line=$("$build/runtime/step3-selftest" --logits "$bundle.expected.$prompt" "$build/$name.f32.$prompt" 0.02)
+      line=$("$build/runtime/step3-selftest" --logits "$bundle.expected.$prompt" "$build/$name.f32.$prompt" "$(cat "$bundle.bound.$prompt")")
       verdict $? "$name over $transport, prompt $prompt: $line"
     done
   done
