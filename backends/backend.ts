@@ -130,6 +130,16 @@ export {
 } from "./c_family.ts";
 // What in-tree backends are made with, for others too. Types of the IR and what is known of ops come from `step3c/ir`.
 export { appendContext, hasTokenRows, pagesOf, stateOf, tensorOf } from "./cache.ts";
+export {
+  aboutContraction,
+  type Contraction,
+  contractionOf,
+  dtypeOf,
+  fitsResult,
+  operandNames,
+  placeOf,
+  shapeOf,
+} from "./contraction.ts";
 export { type Producers, producersOf, recognise } from "./recognise.ts";
 export { dialect, scalarHeader, storage } from "./scalar.ts";
 export { compileTemplate, loadTemplate, loadText, sourceFile, type Template } from "./template.ts";

@@ -4,53 +4,25 @@
  * matrix units have the types and the product is large enough to fill some of them, contract.cuh otherwise.
  */
 import type { Dim } from "../../ir/dim.ts";
-import type { Graph, Op, Value } from "../../ir/graph.ts";
-import { knowledge } from "../../ir/ops/index.ts";
-import { type DType, type TensorType, typeText } from "../../ir/type.ts";
+import type { Op, Value } from "../../ir/graph.ts";
+import { type DType, typeText } from "../../ir/type.ts";
 import type { ContextValue, KernelPlan, KernelTemplate, Target } from "../backend.ts";
 import { elementStatements, loadElement, rowsOf, storeElement, tokenSymbol } from "../c_family.ts";
+import {
+  aboutContraction,
+  type Contraction,
+  contractionOf,
+  dtypeOf,
+  fitsResult,
+  operandNames,
+  placeOf,
+  shapeOf,
+} from "../contraction.ts";
 import { dialect, storage } from "../scalar.ts";
 import { loadTemplate } from "../template.ts";
 import { linesOf, tileRows, tiles } from "./layout.ts";
 
-/** Operands of each kind, in order. */
-const operandNames: Readonly<Record<string, readonly string[]>> = {
-  linear: ["x", "w"],
-  scaled_linear: ["x", "xs", "w", "ws"],
-  grouped_linear: ["x", "w", "ids"],
-  scaled_grouped_linear: ["x", "xs", "w", "ws", "ids"],
-};
 const operandTypes: Readonly<Record<string, string>> = { xs: "float", ws: "float", ids: "int32_t" };
-
-const shapeOf = (v: Value): readonly Dim[] => (v.type as TensorType).shape;
-const dtypeOf = (v: Value): DType => v.type.dtype;
-
-/** An op seen as a contraction and what follows it: a body whose inputs are the op's inputs. */
-interface Work {
-  readonly contraction: Op;
-  readonly rest: readonly Op[];
-  readonly inputs: readonly Value[];
-  readonly outputs: readonly Value[];
-}
-
-const workOf = (op: Op): Work | undefined => {
-  if (op.kind in operandNames) return { contraction: op, rest: [], inputs: op.inputs, outputs: op.outputs };
-  const [first, ...rest] = op.body?.ops ?? [];
-  if (op.kind !== "fused" || first === undefined || !(first.kind in operandNames)) return undefined;
-  if (!rest.every((o) => knowledge(o.kind).scalar !== undefined || o.kind === "const")) return undefined;
-  const body = op.body as Graph;
-  return { contraction: first, rest, inputs: body.inputs, outputs: body.outputs };
-};
-
-/** Where the element of a value lies that belongs to element [row, column] of the result; undefined when it has none. */
-const placeOf = (v: Value, rows: Dim, columns: number): "0" | "row" | "column" | "at" | undefined => {
-  const shape = shapeOf(v);
-  if (v.type.kind !== "tensor" || shape.length > 2) return undefined;
-  const [row, column] = [shape.length === 2 ? shape[0] : 1, shape.at(-1) ?? 1];
-  if ((row !== rows && row !== 1) || (column !== columns && column !== 1)) return undefined;
-  if (row === 1) return column === 1 ? "0" : "column";
-  return column === 1 && columns !== 1 ? "row" : "at";
-};
 
 /** Four neighbouring columns of one row: what is read first, statements for column i of them, what is written last. */
 interface Epilogue {
@@ -60,13 +32,9 @@ interface Epilogue {
   readonly writes: readonly ContextValue[];
 }
 
-const epilogueOf = (work: Work, rows: Dim, columns: number, target: Target): Epilogue | undefined => {
+const epilogueOf = (work: Contraction, rows: Dim, columns: number, target: Target): Epilogue | undefined => {
   const sum = work.contraction.outputs[0] as Value;
-  const values = [...work.rest.flatMap((o) => [...o.inputs, ...o.outputs]), ...work.outputs];
-  const misfit = values.find((v) => placeOf(v, rows, columns) === undefined);
-  if (misfit) return target.decline(`${typeText(misfit.type)} does not lie along the contraction's result`);
-  if (work.outputs.some((v) => placeOf(v, rows, columns) !== "at"))
-    return target.decline("an epilogue has results of the shape of the contraction's");
+  if (!fitsResult(work, rows, columns, target)) return undefined;
   const read = new Set<number>();
   const { lines, spell } = elementStatements(dialect, work.rest, (v) => {
     if (v.name === sum.name) return "sum";
@@ -138,7 +106,7 @@ const scratchOf = (
 const match =
   (grouped: boolean) =>
   (op: Op, target: Target): KernelPlan | undefined => {
-    const work = workOf(op);
+    const work = contractionOf(op);
     if (work === undefined || work.contraction.kind.includes("grouped") !== grouped) return undefined;
     const { contraction } = work;
     const names = operandNames[contraction.kind] as readonly string[];
@@ -180,10 +148,7 @@ const match =
         note: `${typeText(operand(name).type)}${packed ? ` in ${tiles.name}` : ""}`,
       };
     });
-    const kinds = [...new Set(work.rest.map((o) => o.kind))].filter((k) => k !== "const");
-    const about = `${contraction.kind} ${typeText(x.type)} x ${typeText(w.type)} -> ${work.outputs.map((v) => typeText(v.type)).join(", ")}${
-      kinds.length > 0 ? `, then ${kinds.join(", ")}` : ""
-    }`;
+    const about = aboutContraction(work, x, w);
     return {
       context: {
         about,
