@@ -189,7 +189,7 @@ int run(int argc, char **argv) {
   if (o.rows == 0) o.rows = schedule.rows;
   if (o.rows > schedule.rows) fail(exit_usage, "--rows ", o.rows, ": a slot holds ", schedule.rows);
   if (o.context == 0) o.context = bundle.manifest.maxContext;
-  if (o.context > bundle.manifest.maxContext) fail(exit_usage, "--context ", o.context, ": the bundle is for at most ", bundle.manifest.maxContext);
+  if (o.context > bundle.manifest.maxContext) fail(exit_usage, "--context ", o.context, ": the bundle is for at most ", bundle.manifest.maxContext, " tokens");
 
   LaunchOptions launch;
   launch.transport = o.transport == "cuda" ? cudaTransport() : localTransport();

@@ -87,7 +87,9 @@ test("rounds run, and say how long they took", { timeout: 600_000 }, async () =>
   expect(report).toMatchObject({ rows: 32, slots: 3, context: 200, skew: 1, round_ms: { count: 5 } });
   expect(report.round_ms.p50).toBeGreaterThan(0);
   expect(rounds("--rows", "33").status).toBe(2);
-  expect(rounds("--context", "100000").stderr).toMatch(/^step3-rounds: --context 100000: the bundle is for at most \d+\n$/);
+  expect(rounds("--context", "100000").stderr).toMatch(
+    /^step3-rounds: --context 100000: the bundle is for at most \d+ tokens\n$/,
+  );
   writeFileSync(join(out, "schedule-decode.json"), readFileSync(join(out, "schedule-decode.json"), "utf8").slice(0, 1000));
   expect(rounds().status).toBe(1);
   rmSync(out, { recursive: true });
