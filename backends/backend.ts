@@ -136,9 +136,9 @@ export {
   contractionOf,
   dtypeOf,
   fitsResult,
-  operandNames,
+  type Operands,
+  operandsOf,
   placeOf,
-  shapeOf,
 } from "./contraction.ts";
 export { type Producers, producersOf, recognise } from "./recognise.ts";
 export { dialect, scalarHeader, storage } from "./scalar.ts";

@@ -6,14 +6,14 @@ import { type DType, type TensorType, typeText } from "../ir/type.ts";
 import type { Target } from "./backend.ts";
 
 /** Operands of each kind, in order. */
-export const operandNames: Readonly<Record<string, readonly string[]>> = {
+const operandNames: Readonly<Record<string, readonly string[]>> = {
   linear: ["x", "w"],
   scaled_linear: ["x", "xs", "w", "ws"],
   grouped_linear: ["x", "w", "ids"],
   scaled_grouped_linear: ["x", "xs", "w", "ws", "ids"],
 };
 
-export const shapeOf = (v: Value): readonly Dim[] => (v.type as TensorType).shape;
+const shapeOf = (v: Value): readonly Dim[] => (v.type as TensorType).shape;
 export const dtypeOf = (v: Value): DType => v.type.dtype;
 
 /** An op seen as a contraction and what follows it elementwise: a body whose inputs are the op's inputs. */
@@ -31,6 +31,52 @@ export const contractionOf = (op: Op): Contraction | undefined => {
   if (!rest.every((o) => knowledge(o.kind).scalar !== undefined || o.kind === "const")) return undefined;
   const body = op.body as Graph;
   return { contraction: first, rest, inputs: body.inputs, outputs: body.outputs };
+};
+
+/** What is multiplied: operands by name, and sizes. */
+export interface Operands {
+  readonly names: readonly string[];
+  /** as the contraction has it */
+  readonly operand: (name: string) => Value;
+  /** which input of the op it is; -1 when there is none of that name */
+  readonly indexOf: (name: string) => number;
+  readonly x: Value;
+  readonly w: Value;
+  readonly result: Value;
+  readonly scaled: boolean;
+  /** of the result */
+  readonly rows: Dim;
+  readonly columns: number;
+  /** values that are summed over */
+  readonly inner: number;
+  /** weights among which a row chooses, and how many it chooses; 1 and 1 when there is no choice */
+  readonly matrices: number;
+  readonly choices: number;
+  /** x has a row for each token, not for each of its choices */
+  readonly rowPerToken: boolean;
+}
+
+export const operandsOf = ({ contraction, inputs }: Contraction): Operands => {
+  const names = operandNames[contraction.kind] as readonly string[];
+  const operand = (name: string): Value => contraction.inputs[names.indexOf(name)] as Value;
+  const [x, w, result] = [operand("x"), operand("w"), contraction.outputs[0] as Value];
+  const [columns, inner] = shapeOf(w).slice(-2) as unknown as readonly [number, number];
+  const ids = names.includes("ids") ? shapeOf(operand("ids")) : undefined;
+  return {
+    names,
+    operand,
+    indexOf: (name) => (names.includes(name) ? inputs.findIndex((v) => v.name === operand(name).name) : -1),
+    x,
+    w,
+    result,
+    scaled: names.includes("ws"),
+    rows: shapeOf(result)[0] as Dim,
+    columns,
+    inner,
+    matrices: ids === undefined ? 1 : (shapeOf(w)[0] as number),
+    choices: ids === undefined ? 1 : (ids[1] as number),
+    rowPerToken: ids !== undefined && shapeOf(x)[0] === ids[0],
+  };
 };
 
 /** As an index of the value's memory: its one element, the row's, the column's, or its own. */

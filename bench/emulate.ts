@@ -9,10 +9,10 @@
  * Left out: what is between hosts (all bytes go over the one link between two GPUs), the other ranks' delays, and one message a rank instead of
  * one message a slot with all of its bytes.
  */
-import { cpSync, existsSync, mkdirSync, readFileSync, writeFileSync } from "node:fs";
+import { cpSync, existsSync, mkdirSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { pathToFileURL } from "node:url";
-import type { Manifest } from "../ir/bundle.ts";
+import { readJson, readManifest } from "../compiler/bundle.ts";
 import { UserError } from "../ir/error.ts";
 import type { ExchangeType, Field, Key, RankProgram, Schedule, Step } from "../ir/schedule.ts";
 
@@ -81,27 +81,31 @@ export const foldSchedule = (schedule: Schedule, ranks: number): Schedule => {
   };
 };
 
-/** Folds a bundle into `out`. Weights, programs and the runtime are copied as they are. */
+/** Folds a bundle into the new folder `out`. Weights, programs and the runtime are copied as they are. */
 export const foldBundle = (bundle: string, out: string): void => {
-  const manifest = JSON.parse(readFileSync(join(bundle, "manifest.json"), "utf8")) as Manifest;
+  const manifest = readManifest(bundle);
   if (manifest.attention !== manifest.ffn)
     throw new UserError(`${bundle}: has ${manifest.attention}A${manifest.ffn}F; as many of each are needed`);
+  if (existsSync(out)) throw new UserError(`${out}: exists; remove it or choose another folder`);
   mkdirSync(out, { recursive: true });
   for (const folder of ["programs", "runtime", "weights"])
     if (existsSync(join(bundle, folder))) cpSync(join(bundle, folder), join(out, folder), { recursive: true });
   const weights = manifest.weights.filter((w) => w.rank === "a0" || w.rank === "f0");
   const folded = { ...manifest, attention: 1, ffn: 1, weights, schedules: ["decode"] };
   writeFileSync(join(out, "manifest.json"), `${JSON.stringify(folded, null, 1)}\n`);
-  const schedule = JSON.parse(readFileSync(join(bundle, "schedule-decode.json"), "utf8")) as Schedule;
+  const schedule = readJson(join(bundle, "schedule-decode.json")) as Schedule;
   writeFileSync(join(out, "schedule-decode.json"), `${JSON.stringify(foldSchedule(schedule, manifest.ffn))}\n`);
   writeFileSync(join(out, "COMPLETE"), "folded\n");
 };
 
 if (import.meta.url === pathToFileURL(process.argv[1] ?? "").href) {
   const [bundle, out] = process.argv.slice(2);
-  if (bundle === undefined || out === undefined) {
-    process.stderr.write("usage: npm run bench:emulate -- BUNDLE OUT\n");
-    process.exit(2);
+  try {
+    if (bundle === undefined || out === undefined) throw new UserError("usage: npm run bench:emulate -- BUNDLE OUT", 2);
+    foldBundle(bundle, out);
+  } catch (error) {
+    if (!(error instanceof UserError)) throw error;
+    process.stderr.write(`${error.message}\n`);
+    process.exitCode = error.exitCode;
   }
-  foldBundle(bundle, out);
 }

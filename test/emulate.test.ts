@@ -1,6 +1,6 @@
 /** One rank of each side standing for four of each: the same messages in sum, the same kernels, and whole rounds that run. */
 import { spawnSync } from "node:child_process";
-import { readFileSync, rmSync, writeFileSync } from "node:fs";
+import { existsSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { dirname, join } from "node:path";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import { foldBundle, foldSchedule } from "../bench/emulate.ts";
@@ -68,6 +68,14 @@ describe("the schedule", () => {
       f0(s).flatMap((step) => (step.op === "reply" && step.to === 0 ? [f0(s)[step.after]] : []));
     expect(followed(folded)).toEqual(followed(schedule));
   });
+});
+
+test("refuses what it cannot fold, and a folder that is there", async () => {
+  const uneven = await compileSample(join(work.path, "uneven.s3"), { ranks: { attention: 2, ffn: 1 } });
+  expect(() => foldBundle(uneven, join(work.path, "out"))).toThrow(/has 2A1F; as many of each are needed/);
+  expect(() => foldBundle(join(work.path, "none"), join(work.path, "out"))).toThrow(/no such bundle/);
+  expect(existsSync(join(work.path, "out"))).toBe(false);
+  expect(() => foldBundle(bundle, uneven)).toThrow(/exists; remove it or choose another folder/);
 });
 
 test("rounds run, and say how long they took", { timeout: 600_000 }, async () => {

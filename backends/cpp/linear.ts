@@ -7,16 +7,7 @@ import type { Op, Value } from "../../ir/graph.ts";
 import { typeText } from "../../ir/type.ts";
 import type { ContextValue, KernelPlan, KernelTemplate, Layout, Target } from "../backend.ts";
 import { elementStatements, loadElement, rowsOf, storeElement } from "../c_family.ts";
-import {
-  aboutContraction,
-  type Contraction,
-  contractionOf,
-  dtypeOf,
-  fitsResult,
-  operandNames,
-  placeOf,
-  shapeOf,
-} from "../contraction.ts";
+import { aboutContraction, type Contraction, contractionOf, dtypeOf, fitsResult, operandsOf, placeOf } from "../contraction.ts";
 import { dialect, storage } from "../scalar.ts";
 import { loadTemplate } from "../template.ts";
 import { cellOf, cellsOf, panelColumns, panels } from "./layout.ts";
@@ -59,19 +50,11 @@ const match =
     const work = contractionOf(op);
     if (work === undefined || work.contraction.kind.includes("grouped") !== grouped) return undefined;
     const { contraction } = work;
-    const names = operandNames[contraction.kind] as readonly string[];
-    const operand = (name: string): Value => contraction.inputs[names.indexOf(name)] as Value;
-    const indexOf = (name: string): number =>
-      names.includes(name) ? work.inputs.findIndex((v) => v.name === operand(name).name) : -1;
-    const [x, w, result] = [operand("x"), operand("w"), contraction.outputs[0] as Value];
-    const scaled = names.includes("ws");
+    const { names, indexOf, x, w, result, scaled, rows, columns, inner, matrices, choices, rowPerToken } = operandsOf(work);
 
     const cell = cellOf(dtypeOf(w));
     if (!cell || !cellOf(dtypeOf(x))) return target.decline(`${dtypeOf(x)} x ${dtypeOf(w)} contraction: sums are f32`);
     if (dtypeOf(result) === "f64") return target.decline("contraction to f64: sums are f32");
-    const [columns, inner] = shapeOf(w).slice(-2) as unknown as readonly [number, number];
-    const matrices = grouped ? (shapeOf(w)[0] as number) : 1;
-    const rows = shapeOf(result)[0] as Dim;
     const counted = rowsOf(rows);
     if (counted === undefined) return target.decline(`${rows} rows are not a multiple of the tokens`);
     if (inner === 0 || columns === 0) return target.decline("a contraction without elements");
@@ -80,8 +63,6 @@ const match =
 
     const [block, group] = scaled ? (contraction.attrs.block as readonly [number, number]) : [panelColumns, inner];
     const layout: Layout = panels(dtypeOf(w), group < inner ? group : Number.POSITIVE_INFINITY);
-    const choices = grouped ? (shapeOf(operand("ids"))[1] as number) : 1;
-    const rowPerToken = grouped && shapeOf(x)[0] === shapeOf(operand("ids"))[0];
 
     // on the FFN side nobody knows here how many segments a launch will have
     const most = target.symbols.find((s) => s.name === "T")?.max ?? 1;

@@ -8,16 +8,7 @@ import type { Op, Value } from "../../ir/graph.ts";
 import { type DType, typeText } from "../../ir/type.ts";
 import type { ContextValue, KernelPlan, KernelTemplate, Target } from "../backend.ts";
 import { elementStatements, loadElement, rowsOf, storeElement, tokenSymbol } from "../c_family.ts";
-import {
-  aboutContraction,
-  type Contraction,
-  contractionOf,
-  dtypeOf,
-  fitsResult,
-  operandNames,
-  placeOf,
-  shapeOf,
-} from "../contraction.ts";
+import { aboutContraction, type Contraction, contractionOf, dtypeOf, fitsResult, operandsOf, placeOf } from "../contraction.ts";
 import { dialect, storage } from "../scalar.ts";
 import { loadTemplate } from "../template.ts";
 import { linesOf, tileRows, tiles } from "./layout.ts";
@@ -109,17 +100,11 @@ const match =
     const work = contractionOf(op);
     if (work === undefined || work.contraction.kind.includes("grouped") !== grouped) return undefined;
     const { contraction } = work;
-    const names = operandNames[contraction.kind] as readonly string[];
-    const operand = (name: string): Value => contraction.inputs[names.indexOf(name)] as Value;
-    const indexOf = (name: string): number => work.inputs.findIndex((v) => v.name === operand(name).name);
-    const [x, w, result] = [operand("x"), operand("w"), contraction.outputs[0] as Value];
-    const scaled = names.includes("ws");
+    const { names, operand, indexOf, x, w, result, scaled, rows, columns, inner, matrices, choices, rowPerToken } =
+      operandsOf(work);
 
     if (["f64", "i32", "u32", "i64", "u64"].includes(dtypeOf(w)) || dtypeOf(result) === "f64")
       return target.decline(`${dtypeOf(x)} x ${dtypeOf(w)} contraction to ${dtypeOf(result)}: sums are f32`);
-    const [columns, inner] = shapeOf(w).slice(-2) as unknown as readonly [number, number];
-    const matrices = grouped ? (shapeOf(w)[0] as number) : 1;
-    const rows = shapeOf(result)[0] as Dim;
     const counted = rowsOf(rows);
     if (counted === undefined) return target.decline(`${rows} rows are not a multiple of the tokens`);
     if (inner === 0 || columns === 0) return target.decline("a contraction without elements");
@@ -169,9 +154,9 @@ const match =
         count: counted.count,
         mostRows: places <= 64 ? 64 : 128,
         window,
-        choices: grouped ? (shapeOf(operand("ids"))[1] as number) : 1,
+        choices,
         first: (contraction.attrs.first as number | undefined) ?? 0,
-        rowPerToken: grouped && shapeOf(x)[0] === shapeOf(operand("ids"))[0],
+        rowPerToken,
       },
       scratch: unit === undefined ? 0 : bytes,
       layouts: unit === undefined ? {} : { [indexOf("w")]: tiles },
