@@ -54,6 +54,7 @@ void Engine::open() {
   const std::string &library = rank_.role == Role::attention ? options_.program_attention : options_.program_ffn;
   std::string options = say("{\"threads\":", options_.threads, ",\"spin\":", options_.spin);
   if (queued_) options += ",\"exchange\":\"device\"";
+  if (queued_ && options_.trace) options += ",\"timing\":true";
   if (!options_.isa.empty()) options += ",\"isa\":" + jsonText(options_.isa);
   // what the manifest says of the kernels, so that programs of another bundle are noticed
   std::string kernels;
@@ -167,7 +168,7 @@ std::uint32_t Engine::traceName(const std::string &name) {
   return static_cast<std::uint32_t>(trace.names.size() - 1);
 }
 
-/// Segments out of the launches between two communication steps; under strict and trace every launch is one.
+/// Segments out of the launches between two communication steps; under strict and trace every launch is one, unless the device keeps the time.
 void Engine::prepare(std::size_t index) {
   Plan &plan = plans_[index];
   const RankProgram &p = *plan.program;
@@ -196,7 +197,8 @@ void Engine::prepare(std::size_t index) {
     Action a;
     a.step = first;
     a.count = launches.size();
-    a.name = traceName(p.kernels[p.steps[first].kernel]);
+    const std::string &kernel = p.kernels[p.steps[first].kernel];
+    a.name = traceName(launches.size() == 1 ? kernel : say(kernel, " and ", launches.size() - 1, " more"));
     dev(device_->prepare(dev_, launches.data(), static_cast<std::uint32_t>(launches.size()), &a.segment), "preparing launches");
     plan.actions.push_back(a);
     launches.clear();
@@ -222,7 +224,7 @@ void Engine::prepare(std::size_t index) {
     launches.push_back({kernels[s.kernel], 0, nullptr, span(plan, rows), rows.segments, static_cast<std::uint32_t>(schedule.rows)});
     if (attention && std::find(plan.heads[s.slot].begin(), plan.heads[s.slot].end(), s.rows) == plan.heads[s.slot].end())
       plan.heads[s.slot].push_back(s.rows);
-    if (options_.strict || options_.trace) flush();
+    if (options_.strict || (options_.trace && !queued_)) flush();
   }
   flush();
 
@@ -326,6 +328,12 @@ void Engine::tally(const Plan::Counted &c, const std::int32_t *values, std::uint
     if (*v >= 0 && static_cast<std::size_t>(*v) < counts.size()) counts[static_cast<std::size_t>(*v)]++;
 }
 
+void Engine::traced(const Plan &plan, const Action &a, std::uint32_t round, std::int64_t from, std::int64_t to) {
+  const Step &s = plan.program->steps[a.step];
+  trace.events.push_back({a.name, s.slot, round, a.op == Step::Op::launch ? -1 : static_cast<std::int32_t>(s.exchange),
+                          static_cast<std::int32_t>(a.step), from, to});
+}
+
 void Engine::run(const s3_round &round, const std::vector<std::uint32_t> &rows) {
   Plan &plan = plans_[round.schedule];
   const RankProgram &p = *plan.program;
@@ -345,7 +353,15 @@ void Engine::run(const s3_round &round, const std::vector<std::uint32_t> &rows) 
   }
 
   s3_queue *const queue = queued_ ? queue_ : nullptr;
-  s3_event last = 0;
+  const bool timed = queued_ && options_.trace;
+  s3_event last = 0, begin = 0;
+  std::int64_t zero = 0;
+  std::vector<s3_event> ends;  // of the actions in the queue
+  if (timed) {
+    dev(device_->mark(queue_, &begin), "timing");
+    dev(device_->wait(dev_, begin, 0), "timing");
+    zero = now();
+  }
   for (const Action &a : plan.actions) {
     const Step &s = p.steps[a.step];
     const std::int64_t from = now();
@@ -389,14 +405,26 @@ void Engine::run(const s3_round &round, const std::vector<std::uint32_t> &rows) 
     (a.op == Step::Op::launch                                 ? stats.compute_ns
      : a.op == Step::Op::wait || a.op == Step::Op::accept ? stats.wait_ns
                                                               : stats.send_ns) += to - from;
-    if (options_.trace)
-      trace.events.push_back({a.name, s.slot, round.round, a.op == Step::Op::launch ? -1 : static_cast<std::int32_t>(s.exchange),
-                              static_cast<std::int32_t>(a.step), from, to});
+    if (timed) {
+      ends.push_back(last);
+      if (a.op == Step::Op::wait || a.op == Step::Op::accept) dev(device_->mark(queue_, &ends.back()), "timing");
+    } else if (options_.trace) {
+      traced(plan, a, round.round, from, to);
+    }
   }
   const std::int64_t from = now();
   if (queued_) net(transport_->settle(net_, queue_, options_.step_ms));
   else if (last) dev(device_->wait(dev_, last, 0), "running");
   stats.compute_ns += now() - from;
+  std::int64_t done = 0;
+  for (std::size_t i = 0; i < ends.size(); i++) {
+    const Action &a = plan.actions[i];
+    if (a.op == Step::Op::post || a.op == Step::Op::reply) continue;  // in the queue of a peer
+    std::int64_t end = 0;
+    dev(device_->elapsed(dev_, begin, ends[i], &end), "timing");
+    traced(plan, a, round.round, zero + done, zero + end);
+    done = end;
+  }
   if (plan.kept.bytes > 0) {
     ids_.resize(plan.kept.bytes / sizeof(std::int32_t));
     dev(device_->read(dev_, ids_.data(), plan.kept), "reading fields");

@@ -130,6 +130,7 @@ class Engine {
   void prepare(std::size_t index);
   void loadWeights();
   std::uint32_t traceName(const std::string &name);
+  void traced(const Plan &plan, const Action &action, std::uint32_t round, std::int64_t from, std::int64_t to);
   void header(const Plan &plan, std::uint32_t buffer, const s3_head &head);
   void count(const Plan &plan, std::uint32_t exchange, std::uint32_t slot, std::uint32_t rows);
   void tally(const Plan::Counted &counted, const std::int32_t *values, std::uint64_t n);

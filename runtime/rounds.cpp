@@ -1,11 +1,12 @@
 // step3-rounds: times whole rounds of a bundle's decode schedule on drawn tokens, with a cache of a given length; all ranks in this process.
 //
-//   step3-rounds --bundle DIR --program-attention LIB --program-ffn LIB [--transport local|cuda] [--rounds N] [--rows N] [--context N]
+//   step3-rounds --bundle DIR --program-attention LIB --program-ffn LIB [--transport local|cuda] [--rounds N] [--rows N,N,...] [--context N]
 //                [--skew X] [--trace FILE]
 //
 // Nothing is right about the results: weights may be drawn, the cache holds drawn bytes. What is real is the work: kernels, exchanges, sampling.
 // --skew: expert e is chosen with a weight of (e + 1)^-X instead of evenly, in the rows that nobody sends (see bench/emulate.ts).
-// Prints one JSON object.
+// --rows: of each slot; several numbers, one after another. The trace has the last two rounds of each.
+// Prints one JSON object for each number of rows.
 #include <algorithm>
 #include <charconv>
 #include <cmath>
@@ -25,7 +26,8 @@ namespace {
 
 struct Options {
   std::string bundle, transport = "local", trace;
-  std::uint64_t rounds = 40, rows = 0, context = 0;
+  std::uint64_t rounds = 40, context = 0;
+  std::vector<std::uint64_t> rows;
   double skew = 0;
   EngineOptions engine;
 };
@@ -56,9 +58,25 @@ class Draw {
   void exchanges(Engine &engine) {
     for (const Buffer &b : engine.program(schedule_).buffers) {
       if (b.region != Region::exchange) continue;
-      if (b.name.starts_with("head")) heads(engine, b);
-      else if (b.name.starts_with("ids")) choices(engine, b);
+      if (b.name.starts_with("ids")) choices(engine, b);
       else if (b.name.starts_with("wgt")) numbers<float>(engine, b, b.bytes / 4, [](auto) { return 0.4f; });
+    }
+  }
+
+  /// How many rows ranks that are not there send; whoever is there sends the first header itself.
+  void heads(Engine &engine, std::uint64_t rows) {
+    for (const Buffer &b : engine.program(schedule_).buffers) {
+      if (b.region != Region::exchange || !b.name.starts_with("head") || b.bytes <= sizeof(s3_head)) continue;
+      s3_head head{};
+      head.magic = S3_MAGIC;
+      head.abi = S3_ABI;
+      head.slot = b.slot;
+      head.rows = static_cast<std::uint32_t>(rows);
+      Buffer others = b;
+      others.offset += sizeof head;
+      others.bytes -= sizeof head;
+      const std::vector<s3_head> all(others.bytes / sizeof head, head);
+      engine.write(schedule_, others, all.data(), others.bytes);
     }
   }
 
@@ -110,17 +128,6 @@ class Draw {
       return page < used ? static_cast<std::int32_t>(1 + (row * used + page) % there) : 0;
     });
   }
-  void heads(Engine &engine, const Buffer &b) {
-    std::vector<s3_head> all(b.bytes / sizeof(s3_head));
-    for (s3_head &h : all) {
-      h = {};
-      h.magic = S3_MAGIC;
-      h.abi = S3_ABI;
-      h.slot = b.slot;
-      h.rows = static_cast<std::uint32_t>(options_.rows);
-    }
-    engine.write(schedule_, b, all.data(), all.size() * sizeof(s3_head));
-  }
   /// Different experts for each row, by --skew.
   void choices(Engine &engine, const Buffer &b) {
     std::uint64_t experts = 1;
@@ -155,12 +162,22 @@ Options readArguments(int argc, char **argv) {
     const std::string flag = argv[i];
     if (i + 1 >= argc) fail(exit_usage, flag, " needs a value, or is unknown");
     const std::string value = argv[++i];
-    const auto number = [&](auto min, auto max) {
+    const auto numberOf = [&](std::string_view text, auto min, auto max) {
       auto n = min;
-      const auto read = std::from_chars(value.data(), value.data() + value.size(), n);
-      if (read.ec != std::errc() || read.ptr != value.data() + value.size() || n < min || n > max)
-        fail(exit_usage, flag, " takes a number from ", min, " to ", max, ", not '", value, "'");
+      const auto read = std::from_chars(text.data(), text.data() + text.size(), n);
+      if (read.ec != std::errc() || read.ptr != text.data() + text.size() || n < min || n > max)
+        fail(exit_usage, flag, " takes a number from ", min, " to ", max, ", not '", text, "'");
       return n;
+    };
+    const auto number = [&](auto min, auto max) { return numberOf(value, min, max); };
+    const auto numbers = [&](std::string_view list) {
+      std::vector<std::uint64_t> all;
+      for (std::size_t at = 0; at <= list.size();) {
+        const std::size_t comma = std::min(list.find(',', at), list.size());
+        all.push_back(numberOf(list.substr(at, comma - at), std::uint64_t{1}, std::uint64_t{1} << 20));
+        at = comma + 1;
+      }
+      return all;
     };
     if (flag == "--bundle") o.bundle = value;
     else if (flag == "--program-attention") o.engine.program_attention = value;
@@ -168,7 +185,7 @@ Options readArguments(int argc, char **argv) {
     else if (flag == "--transport") o.transport = value;
     else if (flag == "--trace") o.trace = value;
     else if (flag == "--rounds") o.rounds = number(std::uint64_t{1}, std::uint64_t{100000});
-    else if (flag == "--rows") o.rows = number(std::uint64_t{1}, std::uint64_t{1} << 20);
+    else if (flag == "--rows") o.rows = numbers(value);
     else if (flag == "--context") o.context = number(std::uint64_t{1}, std::uint64_t{1} << 24);
     else if (flag == "--threads") o.engine.threads = number(1u, 1024u);
     else if (flag == "--skew") o.skew = number(0.0, 10.0);
@@ -186,8 +203,9 @@ int run(int argc, char **argv) {
   if (found < 0) fail(exit_input, o.bundle, ": has no decode schedule");
   const auto index = static_cast<std::size_t>(found);
   const Schedule &schedule = bundle.schedules[index];
-  if (o.rows == 0) o.rows = schedule.rows;
-  if (o.rows > schedule.rows) fail(exit_usage, "--rows ", o.rows, ": a slot holds ", schedule.rows);
+  if (o.rows.empty()) o.rows.push_back(schedule.rows);
+  for (const std::uint64_t rows : o.rows)
+    if (rows > schedule.rows) fail(exit_usage, "--rows ", rows, ": a slot holds ", schedule.rows);
   if (o.context == 0) o.context = bundle.manifest.maxContext;
   if (o.context > bundle.manifest.maxContext) fail(exit_usage, "--context ", o.context, ": the bundle is for at most ", bundle.manifest.maxContext, " tokens");
 
@@ -196,22 +214,30 @@ int run(int argc, char **argv) {
   launch.engine = o.engine;
   launch.engine.session = say("rounds-", std::random_device{}());
   launch.engine.trace = !o.trace.empty();
-  std::vector<double> ms;
+  std::vector<std::vector<double>> ms(o.rows.size());
   const auto work = [&](std::function<void(const std::string &)>) -> RankWork {
     return [&](Engine &engine, Report &) {
       const bool attention = engine.rank().role == Role::attention;
       Draw draw(bundle, o, index, bundle.number(engine.rank()) + 1);
       if (attention) draw.inputs(engine);
       else draw.exchanges(engine);
-      const std::vector<std::uint32_t> rows(schedule.slots, static_cast<std::uint32_t>(o.rows));
+      const std::uint64_t each = warm_up + o.rounds;
+      std::vector<std::uint32_t> rows;
+      std::size_t kept = 0;
       for (std::uint64_t i = 0;; i++) {
         const std::int64_t from = now();
-        const bool more = attention && i < warm_up + o.rounds;
+        const std::size_t part = i / each;
+        const bool more = attention && part < o.rows.size();
         const s3_round round = engine.agree({more ? static_cast<std::uint32_t>(index + 1) : 0, 1, 0});
-        if (round.stop) return int{exit_done};
-        engine.run(round, attention ? rows : std::vector<std::uint32_t>{});
-        if (engine.rank() == RankId{Role::attention, 0} && i >= warm_up) ms.push_back(static_cast<double>(now() - from) / 1e6);
+        if (round.stop) break;
+        if (attention) rows.assign(schedule.slots, static_cast<std::uint32_t>(o.rows[part]));
+        else if (i % each == 0) draw.heads(engine, o.rows[part]);
+        engine.run(round, rows);
+        if (engine.rank() == RankId{Role::attention, 0} && i % each >= warm_up) ms[part].push_back(static_cast<double>(now() - from) / 1e6);
+        if (i % each + 2 < each) engine.trace.events.resize(kept);
+        else kept = engine.trace.events.size();
       }
+      return int{exit_done};
     };
   };
   const Outcome outcome = Launcher(bundle, launch).run(work, [](const std::string &) {});
@@ -223,8 +249,9 @@ int run(int argc, char **argv) {
     file << "\n]}\n";
     if (!file.flush()) fail(exit_input, o.trace, ": cannot be written");
   }
-  std::printf("{\"model\":\"%s\",\"rows\":%llu,\"slots\":%u,\"context\":%llu,\"skew\":%g,\"round_ms\":%s}\n", bundle.manifest.model.c_str(),
-              static_cast<unsigned long long>(o.rows), schedule.slots, static_cast<unsigned long long>(o.context), o.skew, percentiles(ms).c_str());
+  for (std::size_t i = 0; i < ms.size(); i++)
+    std::printf("{\"model\":\"%s\",\"rows\":%llu,\"slots\":%u,\"context\":%llu,\"skew\":%g,\"round_ms\":%s}\n", bundle.manifest.model.c_str(),
+                static_cast<unsigned long long>(o.rows[i]), schedule.slots, static_cast<unsigned long long>(o.context), o.skew, percentiles(ms[i]).c_str());
   return exit_done;
 }
 

@@ -58,7 +58,7 @@ typedef struct {
   uint32_t abi, caps;
   /* program: the compiled library of this side, options: device options as JSON ({"threads":2,"isa":"avx2","spin":2000,
      "kernels":{"k0_linear":4096},"exchange":"device"}: the kernels that the manifest has, and their scratch; shared memory is to be the
-     device's own, for a transport of queues); what a driver does not know it ignores */
+     device's own, for a transport of queues; "timing":true: elapsed() will be asked); what a driver does not know it ignores */
   int (*open)(int ordinal, const char *program, const char *options, s3_dev **);
   void (*close)(s3_dev *);
   int (*alloc)(s3_dev *, uint64_t bytes, uint64_t align, uint32_t shared, s3_span *); /* zeroed; shared: share() will be asked for it */
@@ -82,6 +82,7 @@ typedef struct {
   int (*put)(s3_queue *, s3_span dst, const void *src);       /* write() on a queue, of a few bytes: they are taken before the call ends */
   int (*copies)(s3_dev *, const s3_copy *, uint32_t n, s3_segment **); /* each after the one before has arrived; 8 aligned bytes arrive as one */
   int (*await)(s3_queue *, s3_span flag, uint64_t sequence);  /* the queue goes on when the flag, in its device's memory, holds as much or more */
+  int (*elapsed)(s3_dev *, s3_event from, s3_event to, int64_t *ns); /* between two that have happened, of the same round */
 } s3_device;
 const s3_device *s3_device_v1(void);
 

@@ -554,6 +554,25 @@ describe("the transport of queues, on a stand-in for accelerators whose work is 
     }
   });
 
+  it("--trace shows what the devices did when, one thing after another", () => {
+    const trace = join(scratch, "trace.json");
+    const r = run(bundleOf({ attention: 2, ffn: 2, ...direct }), many, onDirect(native, ["--trace", trace]), native, late);
+    expect([r.code, r.stderr]).toEqual([0, ""]);
+    type Event = { ph: string; pid: number; name: string; ts: number; dur: number };
+    const events = (JSON.parse(readFileSync(trace, "utf8")).traceEvents as Event[]).filter((e) => e.ph === "X");
+    const names = (pid: number): Set<string> => new Set(events.filter((e) => e.pid === pid).map((e) => e.name));
+    expect(names(0)).toEqual(new Set(["agree", "embed and 1 more", "wait moe", "merge2 and 1 more", "wait dense"]));
+    expect(names(2)).toEqual(new Set(["agree", "accept moe", "experts", "accept dense", "dense"]));
+    for (const pid of [0, 1, 2, 3]) {
+      let done = 0;
+      for (const e of events.filter((x) => x.pid === pid && x.name !== "agree")) {
+        expect(e.ts).toBeGreaterThanOrEqual(done - 0.01);
+        expect(e.dur).toBeGreaterThanOrEqual(0);
+        done = e.ts + e.dur;
+      }
+    }
+  });
+
   const shape: Shape = { ...small, attention: 2, ffn: 2, ...direct };
   it("no data races, no bad addresses, nothing undefined", async () => {
     for (const [build, flags] of [

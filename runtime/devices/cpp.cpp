@@ -242,7 +242,7 @@ const char *cppError(s3_dev *dev) { return dev ? of(dev).error.c_str() : open_er
 const s3_device *cppDevice() {
   static const s3_device table = {S3_ABI,     S3_DEVICE_SHARES_SPANS, cppOpen,   cppClose, cppAlloc, cppHost,  cppQueue, cppCopy, cppRead,
                                   cppWrite,   cppPrepare,             cppSubmit, cppWait,  cppShare, cppKernel, cppError, nullptr, nullptr,
-                                  nullptr,    nullptr,                nullptr,   nullptr};
+                                  nullptr,    nullptr,                nullptr,   nullptr,  nullptr};
   return &table;
 }
 

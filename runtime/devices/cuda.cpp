@@ -188,11 +188,12 @@ void open(int ordinal, const char *options, s3_dev **out) {
         fail(exit_input, "kernel '", name, "' is missing or not the one of manifest.json; the program was built from another bundle, build it again");
     }
   if (const Json *v = json.root().find("exchange")) d->direct = v->text() == "device";
+  const Json *timing = json.root().find("timing");
   check(cudaStreamCreateWithFlags(&d->stream, cudaStreamNonBlocking), "stream");
   d->scratch = d->alloc(d->scratch_bytes, "scratch memory");
   d->counters = d->alloc(counter_bytes, "counters");
   d->events.resize(4096);
-  for (cudaEvent_t &e : d->events) check(cudaEventCreateWithFlags(&e, cudaEventDisableTiming), "event");
+  for (cudaEvent_t &e : d->events) check(cudaEventCreateWithFlags(&e, timing && timing->flag() ? cudaEventDefault : cudaEventDisableTiming), "event");
   if (d->direct) d->waitFor = findWait(d->stream, d->counters, d->ordinal);
   check(cudaStreamSynchronize(d->stream), "GPU");
   *out = reinterpret_cast<s3_dev *>(d.release());
@@ -418,6 +419,16 @@ int cudaDevAwait(s3_queue *queue, s3_span flag, std::uint64_t sequence) {
   });
 }
 
+int cudaDevElapsed(s3_dev *dev, s3_event from, s3_event to, std::int64_t *ns) {
+  return guarded(dev, [&](Device &d) {
+    const cudaEvent_t first = eventOf(d, from), last = eventOf(d, to);
+    if (!first || !last) fail(exit_internal, "a round with more than ", d.events.size(), " events cannot be timed");
+    float ms = 0;
+    check(cudaEventElapsedTime(&ms, first, last), "timing");
+    *ns = static_cast<std::int64_t>(static_cast<double>(ms) * 1e6);
+  });
+}
+
 int cudaDevKernel(s3_dev *dev, const char *name, std::uint32_t *index) {
   return guarded(dev, [&](Device &d) {
     const auto found = d.kernels.find(name);
@@ -435,6 +446,6 @@ extern "C" __attribute__((visibility("default"))) const s3_device *s3_device_v1(
   using namespace s3;
   static const s3_device table = {S3_ABI,         S3_DEVICE_DIRECT, cudaDevOpen,  cudaDevClose, cudaDevAlloc, cudaDevHost,   cudaDevQueue, cudaDevCopy,
                                   cudaDevRead,    cudaDevWrite,     cudaDevPrepare, cudaDevSubmit, cudaDevWait, cudaDevShare, cudaDevKernel, cudaDevError,
-                                  cudaDevMap,     cudaDevMark,      cudaDevAfter, cudaDevPut,   cudaDevCopies, cudaDevAwait};
+                                  cudaDevMap,     cudaDevMark,      cudaDevAfter, cudaDevPut,   cudaDevCopies, cudaDevAwait,  cudaDevElapsed};
   return &table;
 }

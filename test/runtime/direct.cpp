@@ -109,6 +109,7 @@ struct Device {
   std::condition_variable changed;
   std::uint64_t events = 0;
   std::set<std::uint64_t> pending;
+  std::vector<std::chrono::steady_clock::time_point> happened;  // by event
   std::vector<std::unique_ptr<Queue>> queues;
 
   ~Device() {
@@ -129,10 +130,12 @@ struct Device {
       const std::lock_guard lock(mutex);
       event = ++events;
       pending.insert(event);
+      happened.resize(event + 1);
     }
     queue.add([this, event] {
       const std::lock_guard lock(mutex);
       pending.erase(event);
+      happened[event] = std::chrono::steady_clock::now();
       changed.notify_all();
     });
     return event;
@@ -314,12 +317,19 @@ int await(s3_queue *queue, s3_span flag, std::uint64_t sequence) {
   });
   return 0;
 }
+int elapsed(s3_dev *dev, s3_event from, s3_event to, std::int64_t *ns) {
+  Device &d = of(dev);
+  const std::lock_guard lock(d.mutex);
+  if (d.pending.contains(from) || d.pending.contains(to)) return d.refuse(exit_internal, "asked of an event before it has happened");
+  *ns = std::chrono::duration_cast<std::chrono::nanoseconds>(d.happened[to] - d.happened[from]).count();
+  return 0;
+}
 const char *error(s3_dev *dev) { return dev ? of(dev).error.c_str() : open_error.c_str(); }
 
 }  // namespace
 
 extern "C" const s3_device *s3_device_v1(void) {
   static const s3_device table = {S3_ABI, S3_DEVICE_DIRECT, open,  close, alloc,  host,  queue, copy, read,  write, prepare,
-                                  submit, wait,             share, kernel, error, map,   mark,  after, put,  copies, await};
+                                  submit, wait,             share, kernel, error, map,   mark,  after, put,  copies, await, elapsed};
   return &table;
 }
