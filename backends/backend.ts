@@ -139,6 +139,7 @@ export {
   type Operands,
   operandsOf,
   placeOf,
+  quantisedColumns,
 } from "./contraction.ts";
 export { type Producers, producersOf, recognise } from "./recognise.ts";
 export { dialect, scalarHeader, storage } from "./scalar.ts";

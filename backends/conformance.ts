@@ -15,6 +15,7 @@ import {
   caseFile,
   errorOf,
   inexactOf,
+  isUnread,
   type KernelCase,
   type KernelLaunch,
   referenceOf,
@@ -201,7 +202,7 @@ const runAll = (prepared: readonly Prepared[], program: KernelProgram): SampleRe
     }
     prepared.forEach((p, i) => {
       const worst = p.given.graph.outputs.map((v) =>
-        errorOf(references[i]?.get(v.name) as Tensor, (memories[i] as CaseMemory).read(v), inexactOf(p)),
+        errorOf(references[i]?.get(v.name) as Tensor, (memories[i] as CaseMemory).read(v), inexactOf(p), isUnread(p, v)),
       );
       (errors[i] as Record<string, number>)[variant] = Math.max(...worst);
     });

@@ -4,6 +4,7 @@ import type { Graph, Op, Value } from "../ir/graph.ts";
 import { knowledge } from "../ir/ops/index.ts";
 import { type DType, type TensorType, typeText } from "../ir/type.ts";
 import type { Target } from "./backend.ts";
+import { producersOf, recognise } from "./recognise.ts";
 
 /** Operands of each kind, in order. */
 const operandNames: Readonly<Record<string, readonly string[]>> = {
@@ -16,21 +17,74 @@ const operandNames: Readonly<Record<string, readonly string[]>> = {
 const shapeOf = (v: Value): readonly Dim[] => (v.type as TensorType).shape;
 export const dtypeOf = (v: Value): DType => v.type.dtype;
 
-/** An op seen as a contraction and what follows it elementwise: a body whose inputs are the op's inputs. */
+/** Columns of a result that share a scale where the result is quantised. */
+export const quantisedColumns = 128;
+
+/** A value of a body, and its codes and scales in groups of `quantisedColumns`. */
+export interface Quantised {
+  readonly from: Value;
+  readonly codes: Value;
+  readonly scales: Value;
+}
+
+/** An op seen as a contraction and what follows it: a body whose inputs are the op's inputs. */
 export interface Contraction {
   readonly contraction: Op;
+  /** elementwise */
   readonly rest: readonly Op[];
+  /** sums over experts' results, all of them inputs, that elementwise ops use */
+  readonly combines: readonly Op[];
+  /** what the body quantises in the end */
+  readonly quantised: Quantised | undefined;
   readonly inputs: readonly Value[];
   readonly outputs: readonly Value[];
 }
 
+/** The quantisation that a body ends in, and the ops that make it. */
+const quantisedOf = (body: Graph): { readonly quantised: Quantised; readonly ops: ReadonlySet<Op> } | undefined => {
+  const makers = producersOf(body);
+  const codes = body.outputs.find((v) => dtypeOf(v) === "e4m3");
+  if (codes === undefined) return undefined;
+  for (const scales of body.outputs.filter((v) => dtypeOf(v) === "f32"))
+    for (const dtype of ["bf16", "f16", "f32"] as const) {
+      const type: TensorType = { kind: "tensor", dtype, shape: shapeOf(codes) };
+      const from = recognise(makers, [codes, scales], "quantise", [type], { to: "e4m3", group: quantisedColumns })?.[0];
+      if (from === undefined) continue;
+      const ops = new Set<Op>();
+      const account = (v: Value): void => {
+        const op = makers.get(v.name);
+        if (op === undefined || v.name === from.name) return;
+        ops.add(op);
+        op.inputs.forEach(account);
+      };
+      account(codes);
+      account(scales);
+      return { quantised: { from, codes, scales }, ops };
+    }
+  return undefined;
+};
+
 export const contractionOf = (op: Op): Contraction | undefined => {
-  if (op.kind in operandNames) return { contraction: op, rest: [], inputs: op.inputs, outputs: op.outputs };
-  const [first, ...rest] = op.body?.ops ?? [];
-  if (op.kind !== "fused" || first === undefined || !(first.kind in operandNames)) return undefined;
-  if (!rest.every((o) => knowledge(o.kind).scalar !== undefined || o.kind === "const")) return undefined;
-  const body = op.body as Graph;
-  return { contraction: first, rest, inputs: body.inputs, outputs: body.outputs };
+  const alone = { rest: [], combines: [], quantised: undefined };
+  if (op.kind in operandNames) return { contraction: op, ...alone, inputs: op.inputs, outputs: op.outputs };
+  const { body } = op;
+  const contractions = body?.ops.filter((o) => o.kind in operandNames) ?? [];
+  const [contraction] = contractions;
+  if (op.kind !== "fused" || body === undefined || contraction === undefined || contractions.length > 1) return undefined;
+  const found = quantisedOf(body);
+  const others = body.ops.filter((o) => o !== contraction && (o.kind === "const" || !found?.ops.has(o)));
+  const combines = others.filter((o) => o.kind === "combine");
+  const rest = others.filter((o) => o.kind !== "combine");
+  const given = new Set(body.inputs.map((v) => v.name));
+  const known = new Set([...given, ...[contraction, ...combines, ...rest].flatMap((o) => o.outputs.map((v) => v.name))]);
+  const ends = found === undefined ? [] : [found.quantised.codes, found.quantised.scales];
+  const whole =
+    rest.every((o) => knowledge(o.kind).scalar !== undefined || o.kind === "const") &&
+    [contraction, ...combines].every((o) => o.inputs.every((v) => given.has(v.name))) &&
+    rest.every((o) => o.inputs.every((v) => known.has(v.name))) &&
+    body.outputs.every((v) => known.has(v.name) || ends.some((e) => e.name === v.name));
+  if (!whole) return undefined;
+  return { contraction, rest, combines, quantised: found?.quantised, inputs: body.inputs, outputs: body.outputs };
 };
 
 /** What is multiplied: operands by name, and sizes. */
@@ -94,17 +148,21 @@ export const placeOf = (v: Value, rows: Dim, columns: number): Place | undefined
 
 /** Whether everything after the contraction lies along its result [rows, columns], and the op's results are of that shape; else it declines. */
 export const fitsResult = (work: Contraction, rows: Dim, columns: number, target: Target): boolean => {
-  const values = [...work.rest.flatMap((o) => [...o.inputs, ...o.outputs]), ...work.outputs];
+  const { quantised } = work;
+  const results = work.outputs.filter((v) => v.name !== quantised?.codes.name && v.name !== quantised?.scales.name);
+  const ends = quantised === undefined ? results : [...results, quantised.from];
+  const values = [...work.rest.flatMap((o) => [...o.inputs, ...o.outputs]), ...ends];
   const misfit = values.find((v) => placeOf(v, rows, columns) === undefined);
   if (misfit) target.decline(`${typeText(misfit.type)} does not lie along the contraction's result`);
-  else if (work.outputs.every((v) => placeOf(v, rows, columns) === "at")) return true;
+  else if (ends.every((v) => placeOf(v, rows, columns) === "at")) return true;
   else target.decline("an epilogue has results of the shape of the contraction's");
   return false;
 };
 
 /** One line for reports: `linear bf16[T,256] x bf16[1024,256] -> f32[T,1024], then add, cast` */
 export const aboutContraction = (work: Contraction, x: Value, w: Value): string => {
-  const kinds = [...new Set(work.rest.map((o) => o.kind))].filter((k) => k !== "const");
+  const kinds = [...new Set([...work.combines, ...work.rest].map((o) => o.kind))].filter((k) => k !== "const");
+  if (work.quantised !== undefined) kinds.push("quantise");
   const results = work.outputs.map((v) => typeText(v.type)).join(", ");
   return `${work.contraction.kind} ${typeText(x.type)} x ${typeText(w.type)} -> ${results}${kinds.length > 0 ? `, then ${kinds.join(", ")}` : ""}`;
 };

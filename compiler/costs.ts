@@ -1,4 +1,6 @@
 /** What a launch of each kernel has to do, as functions of the rows it gets: `costs.json` of a bundle, from what is known of the ops. */
+import { bytesOf } from "../ir/bind.ts";
+import { type Dim, mulDim } from "../ir/dim.ts";
 import type { Graph, Op, Value } from "../ir/graph.ts";
 import { expertBytes } from "../ir/ops/grouped.ts";
 import { knowledge } from "../ir/ops/index.ts";
@@ -43,32 +45,43 @@ export const costsOf = (emission: Emission): Costs => {
   return { format: 1, ...costs };
 };
 
-/** A contraction, or attention, that an op is or begins with, and its inputs as those of the op. */
-interface Product {
+/** An op, or one of its body, and its inputs as those of the op. */
+interface Part {
   readonly op: Op;
   index(input: string): number;
 }
 
-const productOf = (op: Op): Product | undefined => {
-  const isProduct = ({ kind }: Op): boolean => kind.endsWith("linear") || kind === "attention";
-  const product = isProduct(op) ? op : op.body?.ops.find(isProduct);
-  if (product === undefined) return undefined;
-  const inputs = product === op ? op.inputs : (op.body as Graph).inputs;
+const partOf = (op: Op, wanted: (op: Op) => boolean): Part | undefined => {
+  const part = wanted(op) ? op : op.body?.ops.find(wanted);
+  if (part === undefined) return undefined;
+  const inputs = part === op ? op.inputs : (op.body as Graph).inputs;
   return {
-    op: product,
+    op: part,
     index: (input) => {
-      const value = product.inputs[knowledge(product.kind).inputs.indexOf(input)];
+      const value = part.inputs[knowledge(part.kind).inputs.indexOf(input)];
       return inputs.findIndex((v) => v.name === value?.name);
     },
   };
 };
 
-const unitOf = (product: Product | undefined, op: Op): KernelCost["unit"] => {
+/** The contraction, or attention, that an op is or holds. */
+const productOf = (op: Op): Part | undefined => partOf(op, ({ kind }) => kind.endsWith("linear") || kind === "attention");
+
+const unitOf = (product: Part | undefined, op: Op): KernelCost["unit"] => {
   if (product === undefined) return "f32";
   const { dtype } = (op.inputs[product.index(product.op.kind === "attention" ? "state" : "w")] as Value).type;
   if (dtype === "f32" || dtype === "f64") return "f32";
   if (product.op.kind === "attention" || dtype === "bf16" || dtype === "f16") return "bf16"; // its rows stay bf16 whatever the cache is
   return dtype === "i8" ? "int8" : "fp8";
+};
+
+/** Bytes of one pair's row, of all values that have a row for each of `ids`. */
+const bytesOfPair = (values: readonly Value[], ids: TensorType): number => {
+  const [tokens, choices] = ids.shape as readonly [Dim, number];
+  return values.reduce((sum, { type }) => {
+    const isOfPairs = type.kind === "tensor" && choices > 1 && type.shape[0] === mulDim(tokens, choices);
+    return isOfPairs ? sum + bytesOf(type, new Map([["T", 1]])) / choices : sum;
+  }, 0);
 };
 
 const costOf = (op: Op, graph: Graph): Omit<KernelCost, "about"> => {
@@ -88,19 +101,36 @@ const costOf = (op: Op, graph: Graph): Omit<KernelCost, "about"> => {
   const [flops, bytes] = [work("flops"), work("bytes")];
   const product = productOf(op);
   const unit = unitOf(product, op);
-  if (product === undefined || !product.op.kind.endsWith("grouped_linear")) return { unit, flops, bytes };
-
-  // weights are read of the experts that were chosen, and products made of the choices that are this rank's
-  const typeOf = (name: string): TensorType => types[product.index(name)] as TensorType;
-  const [w, ids] = [typeOf("w"), typeOf("ids")];
-  const [count, columns, inner] = w.shape as readonly [number, number, number];
-  const weights = ["w", "ws"].filter((name) => product.index(name) >= 0);
-  const expert = weights.reduce((n, name) => n + expertBytes(typeOf(name), 1, new Map()), 0);
-  const pair = 2 * columns * inner;
-  return {
-    unit,
-    flops: { ...flops, row: flops.row - pair * (ids.shape[1] as number), pair },
-    bytes: { ...bytes, base: bytes.base - expert * count, expert },
-    experts: { argument: product.index("ids"), first: (product.op.attrs.first as number | undefined) ?? 0, count },
-  };
+  const combine = partOf(op, ({ kind }) => kind === "combine");
+  if (product?.op.kind.endsWith("grouped_linear")) {
+    // weights are read of the experts that were chosen, and products made of the choices that are this rank's
+    const typeOf = (name: string): TensorType => types[product.index(name)] as TensorType;
+    const [w, ids] = [typeOf("w"), typeOf("ids")];
+    const [count, columns, inner] = w.shape as readonly [number, number, number];
+    const weights = ["w", "ws"].filter((name) => product.index(name) >= 0);
+    const expert = weights.reduce((n, name) => n + expertBytes(typeOf(name), 1, new Map()), 0);
+    const [pair, choices] = [2 * columns * inner, ids.shape[1] as number];
+    const pairBytes = product.op.attrs.owned === true ? bytesOfPair([...op.inputs, ...op.outputs], ids) : 0;
+    return {
+      unit,
+      flops: { ...flops, row: flops.row - pair * choices, pair },
+      bytes: { ...bytes, base: bytes.base - expert * count, row: bytes.row - pairBytes * choices, expert, pair: pairBytes },
+      experts: { argument: product.index("ids"), first: (product.op.attrs.first as number | undefined) ?? 0, count },
+    };
+  }
+  if (combine !== undefined && typeof combine.op.attrs.count === "number") {
+    const ids = types[combine.index("ids")] as TensorType;
+    const pairBytes = bytesOfPair([op.inputs[combine.index("y")] as Value], ids);
+    return {
+      unit,
+      flops,
+      bytes: { ...bytes, row: bytes.row - pairBytes * (ids.shape[1] as number), pair: pairBytes },
+      experts: {
+        argument: combine.index("ids"),
+        first: (combine.op.attrs.first as number | undefined) ?? 0,
+        count: combine.op.attrs.count,
+      },
+    };
+  }
+  return { unit, flops, bytes };
 };

@@ -24,7 +24,10 @@ const drawFor = (op: Op, i: number): Draw => {
   if (op.kind === "rotary" && i === 2) return { below: (types[1] as TensorType).shape[0] as number };
   if (op.kind.endsWith("grouped_linear") && i === op.inputs.length - 1)
     return {
-      below: Number((types.at(op.kind.startsWith("scaled") ? 2 : 1) as TensorType).shape[0]) + Number(op.attrs.first ?? 0),
+      // some of them another rank's, where there are others
+      below:
+        Number((types.at(op.kind.startsWith("scaled") ? 2 : 1) as TensorType).shape[0]) * (op.attrs.owned === true ? 2 : 1) +
+        Number(op.attrs.first ?? 0),
     };
   if (op.kind === "combine" && i === 1) return { below: Number(op.attrs.first ?? 0) + Number(op.attrs.count ?? 8) };
   const { samples, inputs } = knowledge(op.kind);

@@ -49,7 +49,8 @@ const match =
   (op: Op, target: Target): KernelPlan | undefined => {
     const work = contractionOf(op);
     if (work === undefined || work.contraction.kind.includes("grouped") !== grouped) return undefined;
-    const { contraction } = work;
+    const { contraction, combines, quantised } = work;
+    if (combines.length > 0 || quantised !== undefined) return target.decline("contractions with combine or quantise in them");
     const { names, indexOf, x, w, result, scaled, rows, columns, inner, matrices, choices, rowPerToken } = operandsOf(work);
 
     const cell = cellOf(dtypeOf(w));

@@ -39,7 +39,7 @@ struct Rows {
 struct Choice {
   const int32_t *ids; // null: there is one matrix, of all rows
   int32_t choices, experts, first;
-  bool row_per_token, zeros = true;
+  bool row_per_token, zeros;
 
   __device__ int64_t source(int64_t row) const { return row_per_token ? row / choices : row; }
   /// the matrix, or -1
@@ -91,6 +91,37 @@ __device__ __forceinline__ void write_four(T *p, int count, const Four<T> &v) {
   }
 }
 
+/// Four columns of the rows of a token's pairs, and the weights with which they are added up; both are 0 for experts of others.
+template <int Choices>
+struct Chosen {
+  Four<float> given[Choices];
+  float weights[Choices];
+
+  __device__ __forceinline__ Four<float> sum() const {
+    Four<float> all{};
+#pragma unroll
+    for (int j = 0; j < Choices; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) all[i] += weights[j] * given[j][i];
+    return all;
+  }
+};
+/// Of experts first .. end - 1.
+template <int Choices, bool Whole>
+__device__ __forceinline__ Chosen<Choices> chosen_of(const float *y, const int32_t *ids, const float *weights, int32_t first, int32_t end, int64_t row, int64_t column,
+                                                     int64_t columns, int count) {
+  Chosen<Choices> chosen{};
+#pragma unroll
+  for (int j = 0; j < Choices; ++j) {
+    const int64_t pair = row * Choices + j;
+    const int32_t expert = ids[pair];
+    if (expert < first || expert >= end) continue;
+    chosen.given[j] = read_four<Whole>(y + pair * columns + column, count);
+    chosen.weights[j] = weights[pair];
+  }
+  return chosen;
+}
+
 // --- any processor, any shape -----------------------------------------------------------------------------------------------------------
 
 /// Sums of products of codes are exact.
@@ -102,7 +133,7 @@ struct SumOf<int8_t> { using type = int32_t; };
 constexpr int plain_warps = 8, plain_columns = 4 * plain_warps;
 
 /// A warp for four columns of a row: its lanes take every 32nd k, and add up what they have in a fixed order. Finish has
-/// `(row, column, sums[4], count)`, which turns sums into results.
+/// `beside(row, column, count)`, which reads what else there is, and `(row, column, sums[4], beside, count)`, which turns sums into results.
 template <bool Scaled, class X, class W, class Finish>
 __global__ void __launch_bounds__(32 * plain_warps) plain_kernel(Contraction d, Rows rows, Choice choice, const X *x, const float *xs, const W *w, const float *ws, Finish finish) {
   using Sum = typename SumOf<W>::type;
@@ -139,7 +170,7 @@ __global__ void __launch_bounds__(32 * plain_warps) plain_kernel(Contraction d, 
       for (int i = 0; i < 4; ++i)
         for (int other = 16; other > 0; other /= 2) sums[i] += __shfl_xor_sync(0xFFFFFFFFu, sums[i], other);
     }
-    if (lane == 0 && (matrix >= 0 || choice.zeros)) finish(row, column, sums, count);
+    if (lane == 0 && (matrix >= 0 || choice.zeros)) finish(row, column, sums, finish.beside(row, column, count), count);
   }
 }
 

@@ -4,7 +4,7 @@
 // One thread brings lines of 128 bytes of both through a ring in shared memory, a warp the scales; two warpgroups multiply, 64 columns each. Two
 // blocks of a cluster that have neighbouring columns bring each other half of the rows. Where there are fewer tiles than processors, blocks of a
 // cluster share the sum over k, and each finishes a part of the rows; how k is cut depends on sizes and the processor, never on the number of rows
-// there are. Rows of one segment are taken where they lie; others, and those of experts, are first gathered by a small kernel (pack_rows.cuh).
+// there are. Rows are taken where they lie; those of experts are first gathered by a small kernel (pack_rows.cuh).
 #pragma once
 #include "pack_rows.cuh"
 #include "products.cuh"
@@ -55,12 +55,13 @@ struct Problem {
   CUtensorMap w;    // lines of the packed weight, in boxes of a tile: copies of plain runs of bytes are slower
   CUtensorMap x[5]; // rows of x as they are, in boxes of what a block brings of each size
   bool direct;      // rows are taken from there, with scales `xs` [row][step], not from what was packed
-  const s3_head *heads;
-  int32_t heads_rows;
+  const s3_head *heads;      // of each segment of them
+  int32_t heads_rows, distance;
   const float *xs;
   const float *ws;
   Packed packed;
-  int32_t columns, tiles, steps, matrices; // columns of the result, blocks of 128 of them, lines along k
+  int32_t columns, tiles, steps; // columns of the result, blocks of 128 of them, lines along k
+  int32_t groups;                // of rows: by matrix, or by segment
   uint32_t neighbours, parts;              // blocks of a cluster: those with neighbouring columns, times those that share k
   bool early;                              // there is one tile of rows: weights are known before rows are
   bool zeros;                              // rows that meet no matrix get results of zeros
@@ -73,28 +74,29 @@ struct Item {
 };
 
 
-/// Items in order: matrices, pairs of column blocks, tiles of rows; every block of a cluster takes the same.
+/// Items in order: groups of rows, pairs of column blocks, tiles of rows; every block of a cluster takes the same.
 template <int Most>
 class Items {
   const Group *groups;
-  int32_t matrices, least, matrix = 0;
+  int32_t count, least, group = 0;
+  bool direct;
   uint32_t pairs, clusters, index, before = 0;
 
  public:
-  __device__ Items(const Problem &p, const Group *in) : groups(in), matrices(p.matrices), least(p.early ? 1 : 0) {
+  __device__ Items(const Problem &p, const Group *in) : groups(in), count(p.groups), least(p.early ? 1 : 0), direct(p.direct) {
     pairs = ceil_div(static_cast<uint32_t>(p.tiles), p.neighbours);
     clusters = gridDim.x / (p.neighbours * p.parts);
     index = blockIdx.x / (p.neighbours * p.parts);
   }
   __device__ bool next(Item &item) {
-    for (; matrix < matrices; ++matrix) {
-      const Group g = groups[matrix];
+    for (; group < count; ++group) {
+      const Group g = groups[group];
       const int32_t tiles = max((g.count + Most - 1) / Most, least);
       const uint32_t items = tiles * pairs;
       if (index < before + items) {
         const int32_t local = static_cast<int32_t>(index - before), each = ((g.count + tiles - 1) / tiles + 7) / 8 * 8, first = local % tiles * each;
         const int32_t rows = min(each, g.count - first);
-        item = {matrix, local / tiles, g.base + first, g.base + first + rows, row_size(size_index(rows)), tiles == 1};
+        item = {direct ? 0 : group, local / tiles, g.base + first, g.base + first + rows, row_size(size_index(rows)), tiles == 1 && (!direct || count == 1)};
         index += clusters;
         return true;
       }
@@ -112,11 +114,36 @@ struct Place {
   }
 };
 
-/// Sums of four neighbouring columns of a row become results.
+__device__ __forceinline__ float largest_of(const Four<float> &values, int count) {
+  float largest = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    if (i < count) largest = larger_of(largest, fabsf(values[i]));
+  return largest;
+}
+/// Codes of four columns of a group, and of its first ones the scale too, from the group's largest magnitude: as ir/ops/quantise.ts.
+template <bool Whole>
+__device__ __forceinline__ void quantise_four(const Four<float> &values, float largest, int count, bool first, e4m3 *codes, float *scale) {
+  const float raw = largest / 448.0f, divisor = raw == 0 ? 1.0f : raw;
+  Four<e4m3> four;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) four[i] = to_e4m3(values[i] / divisor);
+  write_four<Whole>(codes, count, four);
+  if (first) *scale = divisor;
+}
+
+/// What a result's row needs beside four sums; nothing of rows and columns that are not there.
+template <class Finish>
+__device__ __forceinline__ typename Finish::Beside read_beside(const Problem &p, const Finish &finish, const Item &item, const int32_t *targets, int32_t row, int32_t column) {
+  const int count = min(4, p.columns - column);
+  return count > 0 && row < item.end ? finish.beside(int64_t{targets[row - item.row]}, int64_t{column}, count) : typename Finish::Beside{};
+}
+
+/// Sums of four neighbouring columns of a row become results. Where those are quantised, a warp has a row's group of columns and comes as one.
 template <class O, class Finish>
 __device__ __forceinline__ void finish_four(const Problem &p, const Finish &finish, const Item &item, const int32_t *targets, int32_t row, int32_t column,
-                                            const Four<typename O::Sum> &sums) {
-  if (row >= item.end || column >= p.columns) return;
+                                            const Four<typename O::Sum> &sums, const typename Finish::Beside &beside) {
+  if (row >= item.end || (!Finish::quantises && column >= p.columns)) return;
   const int count = min(4, p.columns - column);
   float scaled[4];
 #pragma unroll
@@ -124,7 +151,17 @@ __device__ __forceinline__ void finish_four(const Problem &p, const Finish &fini
     scaled[i] = static_cast<float>(sums[i]);
     if constexpr (O::row_scales) scaled[i] *= p.packed.scales[row] * p.ws[int64_t{item.matrix} * p.columns + column + min(i, count - 1)];
   }
-  finish(int64_t{targets[row - item.row]}, int64_t{column}, scaled, count);
+  const int64_t target = targets[row - item.row];
+  if constexpr (Finish::quantises) {
+    Four<float> values{};
+    if (count > 0) values = finish.values(target, int64_t{column}, scaled, beside, count);
+    float largest = largest_of(values, count);
+#pragma unroll
+    for (int by = 16; by > 0; by /= 2) largest = larger_of(largest, __shfl_xor_sync(0xFFFFFFFFu, largest, by));
+    if (count > 0) finish.quantised(target, int64_t{column}, values, largest, count);
+  } else {
+    finish(target, int64_t{column}, scaled, beside, count);
+  }
 }
 
 /// What a thread of the multiplying warpgroups knows.
@@ -241,28 +278,34 @@ struct Multiplier {
     }
   }
 
-  /// Through shared memory, so that neighbouring threads write neighbouring columns.
+  /// Through shared memory, so that neighbouring threads write neighbouring columns: a half's, or those of both when a warp must have a whole row
+  /// of the tile. What is read beside the sums is on its way meanwhile.
   template <int Size>
   __device__ __forceinline__ void store(const Sum (&sums)[Size / 2], const Item &item, uint32_t tile) {
-    constexpr int rows = Size < staged_rows ? Size : staged_rows;
-    Sum *const stage = reinterpret_cast<Sum *>(staging);
-    const int lane = thread % 32, column = thread / 32 * 16 + lane / 4, row = 2 * (lane % 4);
-    const int32_t first_column = tile * tile_columns + half * 64;
+    constexpr bool both = Finish::quantises;
+    constexpr int rows = Size < staged_rows ? Size : staged_rows, stride = both ? shared_stride : staged_stride;
+    constexpr int at_once = 8; // rows that the threads have at a time
+    Sum *const stage = reinterpret_cast<Sum *>(both ? staging - half * staged_rows * staged_stride : staging);
+    const int lane = thread % 32, column = (both ? half * 64 : 0) + thread / 32 * 16 + lane / 4, row = 2 * (lane % 4);
+    const int own = both ? half * 4 + thread / 32 : thread / 16, four = both ? lane * 4 : thread % 16 * 4;
+    const int32_t first_column = static_cast<int32_t>(tile) * tile_columns + (both ? 0 : half * 64) + four;
+    const auto meet_all = [&] { both ? meet(5, 256) : meet(1 + half, 128); };
 #pragma unroll
     for (int chunk = 0; chunk < Size / rows; ++chunk) {
-      const int32_t first_row = item.row + chunk * rows;
-      if (first_row >= item.end) return; // all threads alike
-      meet(1 + half, 128);
+      const int32_t first_row = item.row + chunk * rows + own;
+      if (first_row - own >= item.end) return; // all threads alike
+      meet_all();
+      typename Finish::Beside beside[rows / at_once];
+#pragma unroll
+      for (int r = 0; r < rows / at_once; ++r) beside[r] = read_beside(p, finish, item, targets, first_row + r * at_once, first_column);
 #pragma unroll
       for (int j = 0; j < rows / 8; ++j)
 #pragma unroll
-        for (int n = 0; n < 4; ++n) stage[(8 * j + row + n % 2) * staged_stride + column + n / 2 * 8] = sums[chunk * rows / 2 + 4 * j + n];
-      meet(1 + half, 128);
+        for (int n = 0; n < 4; ++n) stage[(8 * j + row + n % 2) * stride + column + n / 2 * 8] = sums[chunk * rows / 2 + 4 * j + n];
+      meet_all();
 #pragma unroll
-      for (int r = 0; r < rows / 8; ++r) {
-        const int own = 8 * r + thread / 16, four = thread % 16 * 4;
-        finish_four<O>(p, finish, item, targets, first_row + own, first_column + four, *reinterpret_cast<const Four<Sum> *>(stage + own * staged_stride + four));
-      }
+      for (int r = 0; r < rows / at_once; ++r)
+        finish_four<O>(p, finish, item, targets, first_row + r * at_once, first_column, *reinterpret_cast<const Four<Sum> *>(stage + (own + r * at_once) * stride + four), beside[r]);
     }
   }
 
@@ -285,6 +328,7 @@ struct Multiplier {
     for (uint32_t e = part; e < eights; e += p.parts) {
       const int32_t first_row = item.row + static_cast<int32_t>(e) * 8;
       if (first_row >= item.end) break;
+      const typename Finish::Beside beside = read_beside(p, finish, item, targets, first_row + in_eight, static_cast<int32_t>(tile) * tile_columns + four);
       Four<Sum> line{};
 #pragma unroll 4
       for (uint32_t from = 0; from < p.parts; ++from) {
@@ -293,7 +337,7 @@ struct Multiplier {
 #pragma unroll
         for (int n = 0; n < 4; ++n) line[n] += values[n];
       }
-      finish_four<O>(p, finish, item, targets, first_row + in_eight, tile * tile_columns + four, line);
+      finish_four<O>(p, finish, item, targets, first_row + in_eight, tile * tile_columns + four, line, beside);
     }
   }
 };
@@ -339,8 +383,11 @@ __global__ void __launch_bounds__(contract_threads, 1) contract_kernel(const __g
   }
   if (cluster_blocks > 1) meet_cluster();
   after_predecessor();
-  for (int i = threadIdx.x; i <= p.matrices; i += contract_threads)
-    groups[i] = !p.direct ? p.packed.groups[i] : Group{0, i > 0 ? 0 : p.heads == nullptr ? p.heads_rows : static_cast<int32_t>(p.heads[0].rows) * p.heads_rows};
+  if (p.direct)
+    for (int i = threadIdx.x; i < p.groups; i += contract_threads)
+      groups[i] = {i * p.distance, p.heads == nullptr ? p.heads_rows : static_cast<int32_t>(p.heads[i].rows) * p.heads_rows};
+  else
+    for (int i = threadIdx.x; i <= p.groups; i += contract_threads) groups[i] = p.packed.groups[i];
   __syncthreads();
 
   Items<Most> items(p, groups);
@@ -429,12 +476,17 @@ __global__ void __launch_bounds__(contract_threads, 1) contract_kernel(const __g
         else multiplier.template item<128>(item, tile, part);
       }
     }
-    const Group none = p.zeros ? groups[p.matrices] : Group{0, 0};
-    const uint32_t fours = ceil_div(p.columns, 4), thread = threadIdx.x - 128;
-    const float zeros[4] = {};
-    for (int32_t row = blockIdx.x; row < none.count; row += gridDim.x)
-      for (uint32_t four = thread; four < fours; four += 256)
-        finish(int64_t{p.packed.targets[none.base + row]}, int64_t{4 * four}, zeros, min(4, p.columns - static_cast<int32_t>(4 * four)));
+    if constexpr (!Finish::quantises) {
+      const Group none = p.zeros ? groups[p.groups] : Group{0, 0};
+      const uint32_t fours = ceil_div(p.columns, 4), thread = threadIdx.x - 128;
+      const float zeros[4] = {};
+      for (int32_t row = blockIdx.x; row < none.count; row += gridDim.x)
+        for (uint32_t four = thread; four < fours; four += 256) {
+          const int64_t target = p.packed.targets[none.base + row];
+          const int count = min(4, p.columns - static_cast<int32_t>(4 * four));
+          finish(target, int64_t{4 * four}, zeros, finish.beside(target, int64_t{4 * four}, count), count);
+        }
+    }
   }
   if (cluster_blocks > 1) meet_cluster(); // neighbours may still arrive at this block's barriers
 }
@@ -504,7 +556,8 @@ cudaError_t contract(const Call &c, const Contraction &d, const Rows &rows, cons
   const auto kernel = contract_kernel<O, Most, Finish>;
   const int64_t row_bytes = d.inner * (128 / O::values), steps = ceil_div(row_bytes, int64_t{line_bytes});
   const int64_t scales = O::step_scales ? steps : O::row_scales ? 1 : 0;
-  const bool direct = choice.ids == nullptr && rows.segments == 1 && row_bytes % 16 == 0; // rows are where a map finds them
+  const bool direct = choice.ids == nullptr && row_bytes % 16 == 0; // rows are where a map finds them
+  if (direct && rows.segments > most_matrices) return cudaErrorInvalidValue;
   const Packed packed(c.scratch, window, choice.experts, steps, scales);
   if (direct) window = rows.capacity();
   const int64_t places = rows.capacity() < window ? rows.capacity() : window; // of a launch
@@ -512,7 +565,8 @@ cudaError_t contract(const Call &c, const Contraction &d, const Rows &rows, cons
   const int32_t tiles = static_cast<int32_t>(ceil_div(d.columns, int64_t{tile_columns}));
   Cut cut{tiles > 1 ? 2u : 1u, 1, 0};
   if (choice.ids == nullptr) {
-    if (const cudaError_t e = choose_cut(kernel, c, tiles, Most, static_cast<int32_t>(ceil_div(places, int64_t{Most})), static_cast<int32_t>(steps), R::bytes, cut)) return e;
+    const int64_t row_tiles = direct ? rows.segments * ceil_div(rows.distance(), int64_t{Most}) : ceil_div(places, int64_t{Most});
+    if (const cudaError_t e = choose_cut(kernel, c, tiles, Most, static_cast<int32_t>(row_tiles), static_cast<int32_t>(steps), R::bytes, cut)) return e;
   } else {
     cut.clusters = static_cast<uint32_t>(ceil_div(tiles, cut.neighbours) * places);
   }
@@ -526,6 +580,7 @@ cudaError_t contract(const Call &c, const Contraction &d, const Rows &rows, cons
       if (const cudaError_t e = map_of(x, row_bytes, row_bytes, rows.capacity(), row_size(i) / static_cast<int>(cut.neighbours), true, problem.x[i])) return e;
     problem.heads = rows.per_token ? rows.heads : nullptr;
     problem.heads_rows = static_cast<int32_t>(rows.count);
+    problem.distance = static_cast<int32_t>(rows.distance());
     problem.xs = xs;
   }
   problem.ws = ws;
@@ -534,7 +589,7 @@ cudaError_t contract(const Call &c, const Contraction &d, const Rows &rows, cons
   problem.columns = static_cast<int32_t>(d.columns);
   problem.tiles = tiles;
   problem.steps = static_cast<int32_t>(steps);
-  problem.matrices = choice.experts;
+  problem.groups = direct ? static_cast<int32_t>(rows.segments) : choice.experts;
   problem.neighbours = cut.neighbours;
   problem.parts = cut.parts;
   problem.early = early;

@@ -1,14 +1,23 @@
 /**
- * Contractions of activations with weights: linear, scaled_linear and their grouped forms, alone or as the first op of a `fused` whose other
- * ops are elementwise. Here sizes, layouts and the epilogue are worked out, and which of the kernels does it: contract_hopper.cuh where the
+ * Contractions of activations with weights: linear, scaled_linear and their grouped forms, alone or in a `fused` with elementwise ops, which may
+ * use what experts gave (`combine`) and whose result may be quantised in groups of columns. Here sizes, layouts and the epilogue are worked out, and which of the kernels does it: contract_hopper.cuh where the
  * matrix units have the types and the product is large enough to fill some of them, contract.cuh otherwise.
  */
 import type { Dim } from "../../ir/dim.ts";
 import type { Op, Value } from "../../ir/graph.ts";
-import { type DType, typeText } from "../../ir/type.ts";
+import { type DType, dtypeBytes, type TensorType, typeText } from "../../ir/type.ts";
 import type { ContextValue, KernelPlan, KernelTemplate, Target } from "../backend.ts";
 import { elementStatements, loadElement, rowsOf, storeElement, tokenSymbol } from "../c_family.ts";
-import { aboutContraction, type Contraction, contractionOf, dtypeOf, fitsResult, operandsOf, placeOf } from "../contraction.ts";
+import {
+  aboutContraction,
+  type Contraction,
+  contractionOf,
+  dtypeOf,
+  fitsResult,
+  operandsOf,
+  placeOf,
+  quantisedColumns,
+} from "../contraction.ts";
 import { dialect, storage } from "../scalar.ts";
 import { loadTemplate } from "../template.ts";
 import { linesOf, tileRows, tiles } from "./layout.ts";
@@ -18,25 +27,48 @@ const operandTypes: Readonly<Record<string, string>> = { xs: "float", ws: "float
 /** Four neighbouring columns of one row: what is read first, statements for column i of them, what is written last. */
 interface Epilogue {
   readonly fields: readonly ContextValue[];
+  readonly combines: readonly ContextValue[];
   readonly reads: readonly ContextValue[];
   readonly lines: readonly string[];
   readonly writes: readonly ContextValue[];
+  readonly quantises: boolean;
+  /** of the outputs: codes and their scales */
+  readonly codes: number;
+  readonly scales: number;
 }
 
 const epilogueOf = (work: Contraction, rows: Dim, columns: number, target: Target): Epilogue | undefined => {
   const sum = work.contraction.outputs[0] as Value;
+  const { quantised } = work;
   if (!fitsResult(work, rows, columns, target)) return undefined;
   const read = new Set<number>();
-  const { lines, spell } = elementStatements(dialect, work.rest, (v) => {
-    if (v.name === sum.name) return "sum";
+  const indexOf = (v: Value): number => {
     const index = work.inputs.findIndex((input) => input.name === v.name);
     if (index < 0) throw new Error(`${v.name} is neither an input nor a result of the body`);
     read.add(index);
+    return index;
+  };
+  const combines = work.combines.map((o, number) => {
+    const [y, ids, weights] = o.inputs.map(indexOf) as [number, number, number];
+    const { first = 0, count } = o.attrs as { readonly first?: number; readonly count?: number };
+    const choices = ((o.inputs[1] as Value).type as TensorType).shape[1] as number;
+    return { number, y, ids, weights, choices, first, end: count === undefined ? "INT32_MAX" : String(first + count) };
+  });
+  const { lines, spell } = elementStatements(dialect, work.rest, (v) => {
+    if (v.name === sum.name) return "sum";
+    const combined = work.combines.findIndex((o) => o.outputs[0]?.name === v.name);
+    if (combined >= 0) return `combined${combined}[i]`;
+    const index = indexOf(v);
     const place = placeOf(v, rows, columns) as string;
     const apart = place === "0" || place === "row";
-    return loadElement(dialect, dtypeOf(v), apart ? `in${index}` : `four${index}`, apart ? place : "i");
+    return loadElement(dialect, dtypeOf(v), apart ? `in${index}` : `read.four${index}`, apart ? place : "i");
   });
+  const whole = new Set(combines.flatMap(({ y, ids, weights }) => [y, ids, weights]));
   const inputs = [...read].sort((a, b) => a - b).map((index) => ({ index, value: work.inputs[index] as Value }));
+  const outputIndex = (v: Value | undefined): number => work.outputs.findIndex((o) => o.name === v?.name);
+  const written = work.outputs
+    .map((v, index) => ({ v, index }))
+    .filter(({ v }) => v.name !== quantised?.codes.name && v.name !== quantised?.scales.name);
   return {
     fields: [
       ...inputs.map(({ index, value }) => ({
@@ -52,15 +84,21 @@ const epilogueOf = (work: Contraction, rows: Dim, columns: number, target: Targe
         note: typeText(v.type),
       })),
     ],
+    combines,
     reads: inputs
+      .filter(({ index }) => !whole.has(index))
       .map(({ index, value }) => ({ index, type: storage[dtypeOf(value)], place: placeOf(value, rows, columns) as string }))
       .filter(({ place }) => place === "at" || place === "column"),
     lines: [
       `const float sum = ${dtypeOf(sum) === "f32" ? "sums[i]" : `round_${dtypeOf(sum)}(sums[i])`};`,
       ...lines,
-      ...work.outputs.map((v, i) => storeElement(dialect, dtypeOf(v), `result${i}`, "i", spell(v))),
+      ...written.map(({ v, index }) => storeElement(dialect, dtypeOf(v), `result${index}`, "i", spell(v))),
+      ...(quantised === undefined ? [] : [`wanted[i] = ${spell(quantised.from)};`]),
     ],
-    writes: work.outputs.map((v, index) => ({ index, type: storage[dtypeOf(v)] })),
+    writes: written.map(({ v, index }) => ({ index, type: storage[dtypeOf(v)] })),
+    quantises: quantised !== undefined,
+    codes: outputIndex(quantised?.codes),
+    scales: outputIndex(quantised?.scales),
   };
 };
 
@@ -115,6 +153,10 @@ const match =
     const isWeight = (name: string): boolean => target.isWeight?.(op.inputs[indexOf(name)] as Value) ?? true;
     const packable = target.arch === "sm_90a" && isWeight("w") && (!scaled || isWeight("ws")) && matrices <= mostMatrices;
     const unit = packable && columns * inner >= leastProduct ? hopperOperand(dtypeOf(w), block, inner) : undefined;
+    const zeros = grouped && contraction.attrs.owned !== true;
+    if (epilogue.quantises && (unit === undefined || unit === "Int8"))
+      return target.decline("contractions whose results are quantised are for Hopper's units and groups of columns");
+    if (epilogue.quantises && zeros) return target.decline("quantised results of experts that are not there");
 
     // on the FFN side nobody knows here how many segments a launch will have
     const most = target.symbols.find((s) => s.name === tokenSymbol)?.max ?? 1;
@@ -157,8 +199,12 @@ const match =
         choices,
         first: (contraction.attrs.first as number | undefined) ?? 0,
         rowPerToken,
+        zeros,
+        quantisedColumns,
+        groups: Math.ceil(columns / quantisedColumns),
       },
-      scratch: unit === undefined ? 0 : bytes,
+      // rows that a map of memory finds stay where they are
+      scratch: unit === undefined || (!grouped && (inner * dtypeBytes(dtypeOf(w))) % 16 === 0) ? 0 : bytes,
       layouts: unit === undefined ? {} : { [indexOf("w")]: tiles },
       about,
       ...(unit === "E4m3" ? { inexact: codeSums } : {}),

@@ -241,7 +241,7 @@ const quantiseGroup = (op: Op): number => {
   return group >= columns ? 0 : group;
 };
 
-/** Rows of other ranks' experts are zeros on a rank: they may go through what works row by row, and must end in a `combine`. */
+/** Rows of other ranks' experts hold anything on a rank: they may go through what works row by row, and must end in a `combine`. */
 const checkExperts = (flow: Flow, part: Part, grouped: ReadonlySet<string>, partialFits: ReadonlyMap<string, boolean>): void => {
   const ids = new Set<string>();
   for (const op of part.ops) {
@@ -351,6 +351,7 @@ const onRank = (
       if (wholeRow && columns !== undefined) attrs.block = [bn, columns[1] - columns[0]];
     } else inputs.push(w);
     if (c.ids !== undefined) inputs.push(choices(c.ids, experts?.[0] ?? 0));
+    if (experts !== undefined) attrs.owned = true; // checkExperts has seen to that
     const [value] = emit.like(op, inputs, attrs);
     return { value: value as Value, ...(rows === undefined ? {} : { columns: rows }), partial: columns !== undefined };
   };

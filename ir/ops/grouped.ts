@@ -36,12 +36,31 @@ const routes = (x: Tensor, experts: number, ids: Tensor, attrs: Attrs): { row: n
   });
 };
 
+/** Results start as this: zeros, or what shows when somebody reads rows that are nobody's. */
+const unwritten = (elementCount: number, type: ConcreteTensor, attrs: Attrs): Float64Array => {
+  const result = new Float64Array(elementCount);
+  return expect.flag(attrs, "owned", false) && isFloat(type.dtype) ? result.fill(Number.NaN) : result;
+};
+
+/** Rows of the result that may hold anything, of an op with `owned`: pairs of experts that are not in w. */
+export const unownedRows = (w: Tensor, ids: Tensor, attrs: Attrs): readonly number[] => {
+  if (!expect.flag(attrs, "owned", false)) return [];
+  const from = expect.int(attrs, "first", 0, 0);
+  return Array.from(ids.data.keys()).filter((p) => {
+    const expert = (ids.data[p] as number) - from;
+    return expert < 0 || expert >= (w.shape[0] as number);
+  });
+};
+
 const groupedCost = (inputs: readonly Type[], outputs: readonly Type[], symbols: Symbols): Cost => {
   const k = (inputs[0] as TensorType).shape[1] as number;
   return cost(2 * k * elements(outputs[0] as TensorType, symbols), [...inputs, ...outputs], symbols);
 };
 
-const first = "the global number of the first expert of w; 0 unless given. Pairs of experts that are not in w give zeros";
+const choiceAttrs = {
+  first: "the global number of the first expert of w; 0 unless given. Pairs of experts that are not in w give zeros",
+  owned: "true: rows of pairs whose expert is not in w hold anything instead, since nobody reads them",
+};
 
 const inferGrouped: Knowledge["infer"] = (inputs, attrs) => {
   expect.count(inputs, ["x", "w", "ids"]);
@@ -50,6 +69,7 @@ const inferGrouped: Knowledge["infer"] = (inputs, attrs) => {
   if (!isFloat(x.dtype)) expect.fail(`x must be a float, got ${x.dtype}`);
   expect.dtype(w, [x.dtype], "w");
   expect.int(attrs, "first", 0, 0);
+  expect.flag(attrs, "owned", false);
   return [tensor(expect.dtypeAttr(attrs, "to", x.dtype), pairShape(x, w, expect.tensorAt(inputs, 2, "ids")))];
 };
 
@@ -65,7 +85,7 @@ export const groupedLinear: Knowledge = {
   name: "grouped_linear",
   summary:
     "x[R, K], w[E, N, K], ids i32[T, J] -> [T*J, N]: pair row p = t*J+j is x's row p (R = T*J) or t (R = T) times matrix ids[t, j] - first",
-  attrs: { to: "dtype of the result; x's unless given", first },
+  attrs: { to: "dtype of the result; x's unless given", ...choiceAttrs },
   inputs: ["x", "w", "ids"],
   rowwise: "row",
   infer: inferGrouped,
@@ -74,7 +94,7 @@ export const groupedLinear: Knowledge = {
     const type = out as ConcreteTensor;
     const [experts, columns, k] = w.shape as readonly [number, number, number];
     const round = rounder(type.dtype);
-    const result = new Float64Array(ids.data.length * columns);
+    const result = unwritten(ids.data.length * columns, type, attrs);
     routes(x, experts, ids, attrs).forEach(({ row, expert }, p) => {
       if (expert < 0) return;
       for (let n = 0; n < columns; n++) {
@@ -92,6 +112,7 @@ export const groupedLinear: Knowledge = {
     groupedSample("a row for each pair", "3*T", 8, 64, 40, 3, { to: "f32" }),
     groupedSample("ragged, bf16 result", "T", 5, 33, 131, 2, {}),
     groupedSample("a rank's experts", "T", 4, 16, 24, 3, { to: "f32", first: 4 }, 12),
+    groupedSample("nothing of others' experts", "T", 4, 128, 1024, 3, { to: "f32", owned: true }, 12),
     groupedSample("one expert a token", "T", 3, 8, 16, 1, { to: "f32" }),
   ],
 };
@@ -113,6 +134,7 @@ const inferScaled: Knowledge["infer"] = (inputs, attrs) => {
   expect.dtype(ws, ["f32"], "ws");
   const shape = pairShape(x, w, ids);
   expect.int(attrs, "first", 0, 0);
+  expect.flag(attrs, "owned", false);
   const [bn, bk] = expect.pair(attrs, "block");
   const blocks = Math.ceil(expect.constantDim(x, 1, "x") / bk);
   expect.rank(xs, 2, "xs");
@@ -156,7 +178,7 @@ export const scaledGroupedLinear: Knowledge = {
   summary:
     "x codes[R, K], xs f32[R, ceil(K/bk)], w codes[E, N, K], ws f32[E, ceil(N/bn), ceil(K/bk)], ids i32[T, J] -> [T*J, N]: " +
     "grouped_linear with the scales of scaled_linear",
-  attrs: { to: "dtype of the result", block: "[bn, bk]: rows and columns of w that share a scale", first },
+  attrs: { to: "dtype of the result", block: "[bn, bk]: rows and columns of w that share a scale", ...choiceAttrs },
   inputs: scaledNames,
   rowwise: "row",
   infer: inferScaled,
@@ -168,7 +190,7 @@ export const scaledGroupedLinear: Knowledge = {
     const blocks = Math.ceil(k / bk);
     const rowBlocks = ws.shape[1] as number;
     const round = rounder(type.dtype);
-    const result = new Float64Array(ids.data.length * columns);
+    const result = unwritten(ids.data.length * columns, type, attrs);
     routes(x, experts, ids, attrs).forEach(({ row, expert }, p) => {
       if (expert < 0) return;
       for (let n = 0; n < columns; n++) {
@@ -191,6 +213,7 @@ export const scaledGroupedLinear: Knowledge = {
     scaledSample("fp8, a row for each token", "T", [4, 256, 128, 3], "e4m3", [128, 128]),
     scaledSample("fp8, a row for each pair, ragged", "2*T", [3, 130, 200, 2], "e4m3", [128, 128]),
     scaledSample("int8 channels", "T", [6, 24, 131, 3], "i8", [1, 131]),
+    scaledSample("fp8, nothing of others' experts", "T", [4, 256, 512, 3], "e4m3", [128, 128], { owned: true }, 12),
     scaledSample("a rank's experts, bf16", "3*T", [2, 16, 40, 3], "i8", [1, 40], { to: "bf16", first: 2 }, 6),
   ],
 };
