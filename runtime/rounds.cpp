@@ -6,7 +6,8 @@
 // Nothing is right about the results: weights may be drawn, the cache holds drawn bytes. What is real is the work: kernels, exchanges, sampling.
 // --skew: expert e is chosen with a weight of (e + 1)^-X instead of evenly, in the rows that nobody sends (see bench/emulate.ts).
 // --rows: of each slot; several numbers, one after another. The trace has the last two rounds of each.
-// Prints one JSON object for each number of rows.
+// Prints one JSON object for each number of rows: times of rounds, tokens a second of an attention rank by the median, and with --trace which part
+// of its last rounds each rank computed.
 #include <algorithm>
 #include <charconv>
 #include <cmath>
@@ -17,6 +18,7 @@
 #include <thread>
 
 #include "error.h"
+#include "json.h"
 #include "launch.h"
 #include "mesh/mesh.h"
 #include "trace.h"
@@ -156,6 +158,17 @@ std::string percentiles(std::vector<double> ms) {
   return say("{\"count\":", ms.size(), ",\"least\":", ms.front(), ",\"p50\":", at(0.5), ",\"p90\":", at(0.9), ",\"p99\":", at(0.99), ",\"most\":", ms.back(), "}");
 }
 
+/// The part of the time from the first to the last of a rank's events that its launches take.
+double computing(const std::vector<TraceEvent> &events) {
+  std::int64_t sum = 0, from = INT64_MAX, to = 0;
+  for (const TraceEvent &e : events) {
+    from = std::min(from, e.from);
+    to = std::max(to, e.to);
+    if (e.step >= 0 && e.exchange < 0) sum += e.to - e.from;
+  }
+  return to > from ? static_cast<double>(sum) / static_cast<double>(to - from) : 0;
+}
+
 Options readArguments(int argc, char **argv) {
   Options o;
   for (int i = 1; i < argc; i++) {
@@ -215,6 +228,7 @@ int run(int argc, char **argv) {
   launch.engine.session = say("rounds-", std::random_device{}());
   launch.engine.trace = !o.trace.empty();
   std::vector<std::vector<double>> ms(o.rows.size());
+  std::vector<std::vector<double>> busy(o.rows.size(), std::vector<double>(bundle.ranks()));  // by rank
   const auto work = [&](std::function<void(const std::string &)>) -> RankWork {
     return [&](Engine &engine, Report &) {
       const bool attention = engine.rank().role == Role::attention;
@@ -234,8 +248,10 @@ int run(int argc, char **argv) {
         else if (i % each == 0) draw.heads(engine, o.rows[part]);
         engine.run(round, rows);
         if (engine.rank() == RankId{Role::attention, 0} && i % each >= warm_up) ms[part].push_back(static_cast<double>(now() - from) / 1e6);
-        if (i % each + 2 < each) engine.trace.events.resize(kept);
-        else kept = engine.trace.events.size();
+        std::vector<TraceEvent> &events = engine.trace.events;
+        if (i % each + 2 < each) events.resize(kept);
+        if (i % each + 1 == each && launch.engine.trace) busy[part][bundle.number(engine.rank())] = computing({events.begin() + static_cast<std::ptrdiff_t>(kept), events.end()});
+        if (i % each + 1 == each) kept = events.size();
       }
       return int{exit_done};
     };
@@ -249,9 +265,15 @@ int run(int argc, char **argv) {
     file << "\n]}\n";
     if (!file.flush()) fail(exit_input, o.trace, ": cannot be written");
   }
-  for (std::size_t i = 0; i < ms.size(); i++)
-    std::printf("{\"model\":\"%s\",\"rows\":%llu,\"slots\":%u,\"context\":%llu,\"skew\":%g,\"round_ms\":%s}\n", bundle.manifest.model.c_str(),
-                static_cast<unsigned long long>(o.rows[i]), schedule.slots, static_cast<unsigned long long>(o.context), o.skew, percentiles(ms[i]).c_str());
+  for (std::size_t i = 0; i < ms.size(); i++) {
+    std::nth_element(ms[i].begin(), ms[i].begin() + static_cast<std::ptrdiff_t>(ms[i].size() / 2), ms[i].end());
+    const double tokens = static_cast<double>(o.rows[i] * schedule.slots), second = tokens / ms[i][ms[i].size() / 2] * 1e3;
+    std::string ranks;
+    for (std::uint32_t r = 0; r < bundle.ranks() && launch.engine.trace; r++)
+      ranks += say(r ? "," : ",\"computing\":{", jsonText(bundle.rank(r).name()), ":", jsonNumber(busy[i][r]), r + 1 == bundle.ranks() ? "}" : "");
+    std::printf("{\"model\":\"%s\",\"rows\":%llu,\"slots\":%u,\"context\":%llu,\"skew\":%g,\"round_ms\":%s,\"tokens_per_second\":%.0f%s}\n", bundle.manifest.model.c_str(),
+                static_cast<unsigned long long>(o.rows[i]), schedule.slots, static_cast<unsigned long long>(o.context), o.skew, percentiles(ms[i]).c_str(), second, ranks.c_str());
+  }
   return exit_done;
 }
 

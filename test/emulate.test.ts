@@ -94,6 +94,19 @@ test("rounds run, and say how long they took", { timeout: 600_000 }, async () =>
   const report = JSON.parse(stdout as string) as { rows: number; slots: number; round_ms: { count: number; p50: number } };
   expect(report).toMatchObject({ rows: 32, slots: 3, context: 200, skew: 1, round_ms: { count: 5 } });
   expect(report.round_ms.p50).toBeGreaterThan(0);
+  const trace = join(work.path, "trace.json");
+  const several = rounds("--context", "200", "--rows", "8,16", "--trace", trace);
+  expect(several.stderr).toBe("");
+  const lines = (several.stdout as string).trim().split("\n");
+  for (const [i, rows] of [8, 16].entries()) {
+    const part = JSON.parse(lines[i] as string) as { rows: number; tokens_per_second: number; computing: Record<string, number> };
+    expect(part.rows).toBe(rows);
+    expect(part.tokens_per_second).toBeGreaterThan(0);
+    for (const rank of ["a0", "f0"]) expect(part.computing[rank]).toBeGreaterThan(0);
+    for (const rank of ["a0", "f0"]) expect(part.computing[rank]).toBeLessThan(1);
+  }
+  const { traceEvents } = JSON.parse(readFileSync(trace, "utf8")) as { traceEvents: { ph: string; args: { round?: number } }[] };
+  expect(new Set(traceEvents.filter((x) => x.ph === "X").map((x) => x.args.round)).size).toBeLessThanOrEqual(5);
   expect(rounds("--rows", "33").status).toBe(2);
   expect(rounds("--context", "100000").stderr).toMatch(
     /^step3-rounds: --context 100000: the bundle is for at most \d+ tokens\n$/,

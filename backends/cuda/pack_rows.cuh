@@ -118,10 +118,10 @@ __global__ void __launch_bounds__(256) pack_all(Packing from, Rows rows, Packed 
   }
 }
 
-constexpr int pack_threads = 512, pack_listed = 256, ids_at_once = 4;
+constexpr int pack_threads = 512, pack_listed = 256, ids_at_once = 12;
 
 /// Rows that each meet the matrix of their expert, or none. Every block counts all rows of the window, so that it knows where those of its share
-/// go: in ascending order within each matrix.
+/// go: in ascending order within each matrix. Rows that meet none are counted where they get zeros.
 template <bool Aligned>
 __global__ void __launch_bounds__(pack_threads) pack_chosen(Packing from, Rows rows, Choice choice, Packed to) {
   __shared__ int32_t total[most_matrices + 1], next[most_matrices + 1];
@@ -136,18 +136,22 @@ __global__ void __launch_bounds__(pack_threads) pack_chosen(Packing from, Rows r
   const int64_t share_end = begin + share < end ? begin + share : end;
   for (int i = threadIdx.x; i <= none; i += pack_threads) total[i] = next[i] = 0;
   __syncthreads();
-  const auto matrix_of = [&](int64_t at) {
-    if (at >= end || !rows.has(at)) return -1;
-    const int32_t matrix = choice.matrix(at);
-    return matrix < 0 ? none : matrix;
+  /// of the row at a place that has this id
+  const auto matrix_of = [&](int64_t at, int32_t id) {
+    const int64_t expert = int64_t{id} - choice.first;
+    const bool owned = expert >= 0 && expert < choice.experts;
+    if (at >= end || !(owned || choice.zeros) || !rows.has(at)) return -1;
+    return owned ? static_cast<int32_t>(expert) : none;
   };
   for (int64_t base = from.first + threadIdx.x; base - threadIdx.x < end; base += ids_at_once * pack_threads) {
-    int32_t matrices[ids_at_once];
+    int32_t ids[ids_at_once];
 #pragma unroll
-    for (int n = 0; n < ids_at_once; ++n) matrices[n] = matrix_of(base + n * pack_threads);
+    for (int n = 0; n < ids_at_once; ++n) ids[n] = base + n * pack_threads < end ? choice.ids[base + n * pack_threads] : choice.first - 1;
 #pragma unroll
     for (int n = 0; n < ids_at_once; ++n) {
-      const int32_t matrix = matrices[n], before = base + n * pack_threads < begin ? 1 : 0;
+      const int64_t at = base + n * pack_threads;
+      const int32_t matrix = matrix_of(at, ids[n]), before = at < begin ? 1 : 0;
+      if (__ballot_sync(0xFFFFFFFFu, matrix >= 0) == 0) continue;
       const uint32_t alike = __match_any_sync(0xFFFFFFFFu, matrix * 2 + before);
       if (matrix >= 0 && __ffs(alike) - 1 == lane) {
         atomicAdd(&total[matrix], __popc(alike));
@@ -179,7 +183,7 @@ __global__ void __launch_bounds__(pack_threads) pack_chosen(Packing from, Rows r
       int owned = 0;
       for (int first = 0; first < pack_listed && list + first < share_end; first += 32) {
         const int64_t at = list + first + lane;
-        const int32_t matrix = at < share_end ? matrix_of(at) : -1;
+        const int32_t matrix = at < share_end ? matrix_of(at, choice.ids[at]) : -1;
         const uint32_t alike = __match_any_sync(0xFFFFFFFFu, matrix), below = (1u << lane) - 1;
         const int32_t row = matrix < 0 ? 0 : next[matrix] + __popc(alike & below);
         __syncwarp();
