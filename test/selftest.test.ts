@@ -45,6 +45,16 @@ test("kernels that are right pass", () => {
   expect(status).toBe(0);
 });
 
+test("parts take all cases between them", () => {
+  const passed = (...flags: string[]): number => Number(/(\d+) passed, 0 failed\n$/.exec(run(cases, ...flags).out)?.[1]);
+  expect(passed("--part", "0/3") + passed("--part", "1/3") + passed("--part", "2/3")).toBe(passed());
+  for (const part of ["3/3", "1", "1/", "/2", "x/2"]) {
+    const { status, err } = run(cases, "--part", part);
+    expect(status).toBe(2);
+    expect(err).toContain("--part takes I/N");
+  }
+});
+
 test("one wrong expectation fails, and is named", () => {
   // the last number that is expected: the file ends with as many allowances
   const changed = cases.slice();

@@ -1,7 +1,7 @@
 /**
  * Packs what a machine with an NVIDIA GPU needs to check the CUDA backend, which needs nvcc and CMake there but no Node.js: every sample of every
- * op for each architecture, and bundles with GPUs on both sides or on one, with what the C++ backend makes of the same prompts. Runs it here
- * when there is a GPU.
+ * op for each architecture, bundles with GPUs on both sides or on one, with what the C++ backend makes of the same prompts, and single layers
+ * of Step-3 in its full size, whose weights are drawn on that machine (layer.py). Runs it here when there is a GPU.
  *
  *   npm run test:gpu [-- --out DIR] [-- --pack-only]
  */
@@ -14,7 +14,7 @@ import cuda from "../../backends/cuda/index.ts";
 import { compile, defaultOptions } from "../../compiler/compile.ts";
 import { packageRoot } from "../../compiler/package_root.ts";
 import { silent } from "../../compiler/progress.ts";
-import { writeStep3Checkpoint } from "../checkpoint.ts";
+import { type Step3Sizes, step3ConfigJson, writeStep3Checkpoint } from "../checkpoint.ts";
 
 const root = packageRoot();
 const flags = process.argv.slice(2);
@@ -88,10 +88,15 @@ const packBundles = async (): Promise<void> => {
   };
   const drawn = join(work, "drawn");
   writeStep3Checkpoint(drawn, { sizes: { ...sizes, moeIntermediate: 256, shared: 256 } });
+  // heads as Step-3 has them, and little else
+  const mfa = join(work, "mfa");
+  const few = { layers: 1, heads: 64, headDim: 256, moeIntermediate: 256, shared: 256, moeLayers: [0] };
+  writeStep3Checkpoint(mfa, { sizes: { ...sizes, ...few } });
   const ids = Array.from({ length: 3 }, (_, p) =>
     Array.from({ length: 90 + p }, (_, i) => (i * 37 + p * 101 + 5) % sizes.vocabulary),
   );
-  write(join(work, "drawn.jsonl"), ids.map((prompt_ids) => `${JSON.stringify({ prompt_ids })}\n`).join(""));
+  const lines = ids.map((prompt_ids) => `${JSON.stringify({ prompt_ids })}\n`).join("");
+  for (const model of ["drawn", "mfa"]) write(join(work, `${model}.jsonl`), lines);
   const held = readFileSync(join(root, "samples", "step3-tiny", "heldout.ids.jsonl"), "utf8")
     .split("\n")
     .slice(0, 3);
@@ -99,6 +104,8 @@ const packBundles = async (): Promise<void> => {
   write(join(work, "sample.jsonl"), firsts.map((prompt_ids) => `${JSON.stringify({ prompt_ids })}\n`).join(""));
   const models = [
     ...pairs.map((pair) => ({ model: "drawn", source: drawn, pair })),
+    { model: "mfa", source: mfa, pair: ["cuda", "cuda", "bf16", [1, 1]] as const },
+    { model: "mfa", source: mfa, pair: ["cuda", "cuda", "fp8", [1, 1]] as const },
     { model: "sample", source: join(root, "samples", "step3-tiny"), pair: ["cuda", "cuda", "fp8", [1, 1]] as const },
   ];
   /** logits of the C++ backend, made once for each model and precision */
@@ -133,10 +140,39 @@ const packBundles = async (): Promise<void> => {
   rmSync(work, { recursive: true });
 };
 
+/** Step-3's own sizes, but for one layer, a small vocabulary and a context that the prompts of layer.py fit into. */
+const full: Partial<Step3Sizes> = {
+  hidden: 7168,
+  layers: 1,
+  heads: 64,
+  headDim: 256,
+  queryRank: 2048,
+  intermediate: 18432,
+  vocabulary: 2048,
+  experts: 48,
+  topK: 3,
+  moeIntermediate: 5120,
+  shared: 5120,
+  maxPosition: 1280,
+};
+
+/** One layer of each kind, without weights: those of a layer with experts are 11 GB. */
+const packLayers = async (): Promise<void> => {
+  for (const [kind, moeLayers] of [["dense", []] as const, ["moe", [0]] as const])
+    for (const precision of ["bf16", "fp8"] as const) {
+      const layer = join(out, "layers", `${kind}-${precision}`);
+      write(`${layer}.config/config.json`, `${JSON.stringify(step3ConfigJson({ sizes: { ...full, moeLayers } }))}\n`);
+      const options = { ...defaultOptions, attention: "cuda", ffn: "cuda", precision, kv: precision, weights: false };
+      await compile(`${layer}.config`, { ...options, out: `${layer}.s3` }, silent);
+    }
+  copyFileSync(join(root, "test", "gpu", "layer.py"), join(out, "layer.py"));
+};
+
 rmSync(out, { recursive: true, force: true });
 mkdirSync(join(out, "bundles"), { recursive: true });
 packKernels();
 await packBundles();
+await packLayers();
 cpSync(join(root, "runtime"), join(out, "runtime"), { recursive: true });
 copyFileSync(join(root, "test", "gpu", "run.sh"), join(out, "run.sh"));
 const commit = spawnSync("git", ["rev-parse", "--short", "HEAD"], { cwd: root, encoding: "utf8" });
