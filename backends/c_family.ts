@@ -640,7 +640,7 @@ class RowEmitter {
     }
     const to = (this.buffers.get(r.output) as RowBuffer).name;
     const lines = [`${r.fn}_of_groups(${from}, ${size}, ${r.group}, ${to});`];
-    if (rounds) lines.push(`for (int64_t g = 0; g < ${r.columns}; ++g) ${to}[g] = ${fill(this.d.round(dtype), `${to}[g]`)};`);
+    if (rounds) lines.push(`each_of_groups(${to}, ${r.columns}, [](auto x) { return ${fill(this.d.round(dtype), "x")}; });`);
     return lines;
   }
 

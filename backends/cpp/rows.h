@@ -166,6 +166,11 @@ S3_GROUPS(max)
 S3_GROUPS(min)
 S3_GROUPS(amax)
 #undef S3_GROUPS
+/* the value of every group becomes f of it */
+template <class X, class F>
+S3_INLINE void each_of_groups(X *x, int64_t groups, F f) {
+  for (int64_t g = 0; g < groups; ++g) x[g] = f(x[g]);
+}
 
 }  // namespace S3_ISA
 }  // namespace s3

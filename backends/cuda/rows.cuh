@@ -214,4 +214,11 @@ S3_REDUCTION(min, Min)
 S3_REDUCTION(amax, Amax)
 #undef S3_REDUCTION
 
+/// The value of every group, in shared memory, becomes f of it.
+template <class X, class F>
+__device__ __forceinline__ void each_of_groups(X *x, int64_t groups, F f) {
+  for (int64_t g = threadIdx.x; g < groups; g += blockDim.x) x[g] = f(x[g]);
+  __syncthreads();
+}
+
 }  // namespace s3
