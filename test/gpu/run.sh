@@ -79,11 +79,16 @@ check_bundles() {
 
 # One layer in full size against float64, with weights that are drawn here.
 check_layer() { # name
-  local layer=$1 bundle=$layers/$1.s3
+  local layer=$1 bundle=$layers/$1.s3 role line code
+  for role in attention ffn; do
+    line=$("$build/runtime/step3-selftest" "layers/$layer.s3/selftest/$role.cases" "$(program "$layer.s3-$role")" 2>&1) && echo -n right || echo -n WRONG
+    echo " $layer: self-test of $role: $(echo "$line" | tail -1)"
+  done
   cp -r "layers/$layer.s3" "$layers/" && python3 layer.py draw "$bundle" || { echo "WRONG $layer: its weights cannot be drawn"; return; }
   python3 layer.py check "$bundle" --config "layers/$layer.config/config.json" --runner "$build/runtime/step3-run" \
     --attention "$(program "$layer.s3-attention")" --ffn "$(program "$layer.s3-ffn")"
-  [ $? = 0 ] || [ $? = 3 ] || echo "WRONG $layer: nothing was compared"
+  code=$?
+  [ $code = 0 ] || [ $code = 3 ] || echo "WRONG $layer: nothing was compared"
   rm -rf "$bundle"
 }
 check_layers() {
@@ -144,7 +149,7 @@ check_sanitized() {
 }
 
 mkdir -p "$build"
-echo "$(date -u +%F) commit $(cat commit) on $(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | head -1), $(nvcc --version 2>/dev/null | grep -o 'V[0-9.]*' || echo nvcc)"
+echo "$(date -u +%F) commit $(cat commit) on $(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | head -1), $(nvcc --version 2>/dev/null | grep -o 'V[0-9][0-9.]*' || echo nvcc)"
 build_all
 takes kernels && check_kernels
 takes bundles && check_bundles
