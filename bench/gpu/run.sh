@@ -24,16 +24,15 @@ wait
 for name in runtime $precisions; do [ -e "$build/$name.done" ]; done
 echo "built in $SECONDS s"
 
-SECONDS=0
 for precision in $precisions; do
+  SECONDS=0
   cp "bundles/$precision/costs.json" "$results/$precision.costs.json"
   for shape in 16x4096 64x4096 128x4096 256x4096 64x8192 64x32768 128x32768; do
     "$build/runtime/step3-bench" --bundle "bundles/$precision" --program "$build/$precision/libprogram.so" --role attention \
       --rows "${shape%x*}" --context "${shape#*x}" >"$results/$precision-$shape.json" 2>"$build/bench.err" || echo "step3-bench, $precision $shape: $(tail -1 "$build/bench.err")"
   done
+  ours=$SECONDS
+  rm -f "$results/$precision-peers.json"
+  python3 peers.py --ours "$results" --report "$results/$precision-peers.json" --precision "$precision" 2>"$results/$precision-peers.log" || { tail -3 "$results/$precision-peers.log"; exit 1; }
+  echo "measured in $ours s and $((SECONDS - ours)) s"
 done
-echo "ours measured in $SECONDS s"
-SECONDS=0
-rm -f "$results/peers.json"
-python3 peers.py --ours "$results" --report "$results/peers.json" $(for precision in $precisions; do echo "--precision $precision"; done) 2>"$results/peers.log" || { tail -3 "$results/peers.log"; exit 1; }
-echo "peers measured in $SECONDS s"

@@ -315,7 +315,7 @@ class Layer:
         k, v = self.r.cached(k), self.r.cached(v)
         out = []
         for q, k, v in zip(*(x.split(lengths) for x in (q, k, v))):
-            scores = torch.einsum("thd,sd->hts", q, k) / math.sqrt(self.dim)
+            scores = self.sums(torch.einsum("thd,sd->hts", q, k)) / math.sqrt(self.dim)
             late = torch.ones(len(k), len(k), dtype=torch.bool, device=device).triu(1)
             out.append(torch.einsum("hts,sd->thd", scores.masked_fill(late, -math.inf).softmax(-1), v).flatten(-2))
         return self.linear(self.r.operand(self.r.bf16(self.sums(torch.cat(out)))), "l0_o_proj")

@@ -109,15 +109,20 @@ check_layers() {
   done
 }
 
-# Every process of its own, as many at once as half of the processors; verdicts when all are done.
+# Every process of its own, as many at once as half of the processors.
 sanitize() { # name, tool, command
   local out="$build/sanitize-$1-$2"
   timeout "${SANITIZE_SECONDS:-3600}" compute-sanitizer --tool "$2" --error-exitcode 86 --print-limit 10 "${@:3}" >"$out.out" 2>&1
-  echo $? >"$out.code"
+  local code=$?
+  { # one write, as many processes share the output
+    verdict "$code" "sanitize $1-$2: $([ "$code" = 124 ] && echo not done in time || grep -hE "SUMMARY|[0-9]+ passed" "$out.out" | tr -d = | tr -s ' \n' ' ')"
+    [ "$code" = 0 ] || grep -E "^=========|WRONG" "$out.out" | head -"${SANITIZE_LINES:-12}"
+  } >"$out.verdict"
+  cat "$out.verdict"
 }
 check_sanitized() {
   command -v compute-sanitizer >/dev/null || { verdict 1 "sanitize: compute-sanitizer is not on PATH"; return; }
-  local bundle arch name role tool part code all=()
+  local bundle arch name role tool part all=()
   start() {
     at_once $((jobs / 2 > 1 ? jobs / 2 : 1))
     all+=("$1-$2")
@@ -141,11 +146,7 @@ check_sanitized() {
     done
   done
   wait
-  for name in "${all[@]}"; do
-    code=$(cat "$build/sanitize-$name.code")
-    verdict "$code" "sanitize $name: $([ "$code" = 124 ] && echo not done in time || grep -hE "SUMMARY|[0-9]+ passed" "$build/sanitize-$name.out" | tr -d = | tr -s ' \n' ' ')"
-    [ "$code" = 0 ] || grep -E "^=========|WRONG" "$build/sanitize-$name.out" | head -"${SANITIZE_LINES:-12}"
-  done
+  for name in "${all[@]}"; do count "$build/sanitize-$name.verdict"; done
 }
 
 mkdir -p "$build"
