@@ -200,6 +200,7 @@ struct Multiplier {
 
  private:
   __device__ __forceinline__ void release(uint32_t stage) {
+    __syncwarp(); // every lane has read its scales
     if (thread % 32 == 0) empty[stage].arrive();
   }
   /// Enqueues the products of the stage at `place` once they are there.
