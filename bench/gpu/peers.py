@@ -533,13 +533,13 @@ def table(ours, report):
     peak = {p: max(o.ceiling(p) for o in ours.values()) for p in ours}
     products = ", ".join(f"{p} {flops / 1e12:.0f}" for p, flops in peak.items())
     print(f"{report['device']}: reads {read / 1e9:.0f} GB/s, by Triton {report['read'] / 1e9:.0f}; products {products} TFLOP/s\n")
-    print(f"{'':34}{'ours us':>9}{'% of roof':>10}   {'best peer':24}{'us':>8}{'% of roof':>10}{'peer/ours':>11}")
+    print(f"{'':36}{'ours us':>9}{'% of roof':>10}   {'best peer':24}{'us':>8}{'% of roof':>10}{'peer/ours':>11}")
 
     def line(what, mine, best, floor):
         of = lambda us: f"{100 * floor / us:.0f}" if us and math.isfinite(us) else "-"
         show = lambda us: f"{us:.1f}" if us and math.isfinite(us) else "-"
         ratio = f"{best['us'] / mine:.2f}" if mine and math.isfinite(best["us"]) else "-"
-        print(f"{what:34}{show(mine):>9}{of(mine):>10}   {best['name']:24}{show(best['us']):>8}{of(best['us']):>10}{ratio:>11}")
+        print(f"{what:36}{show(mine):>9}{of(mine):>10}   {best['name']:24}{show(best['us']):>8}{of(best['us']):>10}{ratio:>11}")
 
     for p, o in ours.items():
         size = 2 if p == "bf16" else 1
