@@ -39,7 +39,7 @@ const choose = (q: DType, type: KvType, group: number, scale: number, target: Ta
   if (target.arch === "sm_90a" && type.dtype !== "i8")
     return {
       function: "attend_hopper",
-      header: "attention_hopper.cuh",
+      header: "attend_hopper.cuh",
       scratch,
       inexact: type.dtype === "e4m3" ? inCodes : inBf16,
     };

@@ -1,4 +1,5 @@
-// Attention of one query token a row on Hopper: 64 query heads of a KV head are the 64 rows of a warpgroup product.
+// Attention of one query token a row on Hopper: 64 query heads of a KV head are the 64 rows of a warpgroup product. Chunks of sequences are
+// in attention_chunk.cuh, and the kernel of both in attend_hopper.cuh.
 //
 // A block for each processor. One warp fetches pages, 64 tokens at a time, into a ring of stages; two warpgroups take them in turn, each with
 // its own running softmax, and put their sums together at the end of a unit: what this block does of one row and KV head. Where that is not
@@ -135,6 +136,7 @@ __device__ __forceinline__ uint16_t codes_of(uint32_t two, float scale) {
 
 constexpr int units_ahead = 4;
 constexpr uint32_t least_tiles = 4;        // of a block, unless there are fewer
+constexpr uint32_t most_pairs = 2048;      // of rows that are attended together; later rows are on their own
 
 /// What one block has to do for a row: tiles first .. first + count - 1, of 64 tokens. The tiles of the row are divided among `pieces` blocks,
 /// from `first_block` on, of which this is number `piece`.
@@ -142,6 +144,7 @@ struct Unit {
   int32_t row; // -1: no more
   int32_t part; // KV head and block of its query heads
   int32_t first, count, last_position;
+  int32_t rows; // 2: the next row too, which is one position further
   int32_t piece, pieces, first_block;
   int32_t helpers; // the pieces before this number are the last work of their blocks, which add up the row
 };
@@ -170,15 +173,17 @@ struct HopperShape {
   static constexpr int control = 2816;
   static constexpr int fit = (227 * 1024 - control - query) / stage;
   static constexpr int stages = fit < 8 ? fit : 8;
+  static constexpr int chunk_stages = stages - 1; // the last one's place has the queries of a second row
   static constexpr uint32_t shared = query + stages * stage + control;
 
   struct Control {
     // A warpgroup that is ahead may wait for a stage that still waits for the other's tile: two laps of full barriers tell them apart.
-    hopper::Barrier key_full[2 * stages], value_full[2 * stages], empty[stages], unit_full[units_ahead], unit_empty[units_ahead];
+    hopper::Barrier key_full[2 * stages], value_full[2 * stages], empty[stages], value_empty[stages], unit_full[units_ahead], unit_empty[units_ahead];
     float2 state[2][group_rows]; // maximum and total of each row, by warpgroup
     float row_scale[group_rows];
     Unit units[units_ahead];
     uint32_t told;
+    uint32_t pairs[most_pairs / 32];
   };
   static_assert(sizeof(Control) <= control);
 };
@@ -192,11 +197,24 @@ struct Rows {
   uint32_t stride, count, noted;
   const uint32_t *notes;
 
-  __device__ __forceinline__ uint32_t tiles(uint32_t row) const {
+  __device__ __forceinline__ uint32_t tiles_alone(uint32_t row) const {
     const uint32_t n = static_cast<uint32_t>(position[row]) / page_tokens + 1; // both loads at once: what lies past the rows is not used
     return is_token(heads, stride, row) ? n : 0;
   }
+  __device__ __forceinline__ uint32_t together(uint32_t) const { return 1; }
+  __device__ __forceinline__ uint32_t tiles(uint32_t row) const { return tiles_alone(row); }
   __device__ __forceinline__ uint32_t noted_tiles(uint32_t row) const { return row < noted ? notes[row] : tiles(row); }
+};
+/// The same where rows 2p and 2p + 1 may be a pair, of which the first has the tiles of both and the second none.
+struct PairedRows : Rows {
+  const uint32_t *pairs; // a bit for each
+
+  __device__ __forceinline__ uint32_t together(uint32_t row) const { return row / 2 < most_pairs && (pairs[row / 64] >> row / 2 % 32 & 1) != 0 ? 2 : 1; }
+  __device__ __forceinline__ uint32_t tiles(uint32_t row) const { return together(row) == 1 ? tiles_alone(row) : row % 2 == 0 ? tiles_alone(row + 1) : 0; }
+  __device__ __forceinline__ uint32_t noted_tiles(uint32_t row) const {
+    if (row >= noted - 1) return tiles(row);
+    return together(row) == 1 ? notes[row] : row % 2 == 0 ? notes[row + 1] : 0;
+  }
 };
 
 /// What one block does: `left` tiles from a tile of a part of a row on.
@@ -235,26 +253,42 @@ __device__ __forceinline__ void find(uint32_t rows, uint32_t target, Count count
   share.before = at + share.part * size;
 }
 
-template <int Parts>
-__device__ __forceinline__ Share share_of(const Rows &rows, uint32_t block, uint32_t blocks) {
-  const uint32_t lane = threadIdx.x % 32, each = (rows.count + 31) / 32, first = min(lane * each, rows.count), end = min(first + each, rows.count);
-  uint32_t tiles = 0, units = 0, longest = 0;
-  for (uint32_t r = first; r < end; ++r) {
-    const uint32_t n = rows.noted_tiles(r);
-    tiles += n * Parts;
-    units += n > 0 ? Parts : 0;
-    longest = max(longest, n);
+/// What there is to do for `blocks` blocks, as a warp adds it up.
+struct Load {
+  uint32_t tiles, units, longest;
+  uint32_t fair, each; // tiles and units of a block
+
+  template <int Parts, class Rows>
+  static __device__ __forceinline__ Load of(const Rows &rows, uint32_t blocks) {
+    const uint32_t lane = threadIdx.x % 32, part = (rows.count + 31) / 32, first = min(lane * part, rows.count), end = min(first + part, rows.count);
+    Load all{};
+    for (uint32_t r = first; r < end; ++r) {
+      const uint32_t n = rows.noted_tiles(r);
+      all.tiles += n * Parts;
+      all.units += n > 0 ? Parts : 0;
+      all.longest = max(all.longest, n);
+    }
+    all.tiles = sum_of_warp(all.tiles);
+    all.units = sum_of_warp(all.units);
+    all.longest = __reduce_max_sync(0xffffffffu, all.longest);
+    all.fair = max((all.tiles + blocks - 1) / blocks, least_tiles);
+    all.each = (all.units + blocks - 1) / blocks;
+    return all;
   }
-  tiles = sum_of_warp(tiles);
-  units = sum_of_warp(units);
-  longest = __reduce_max_sync(0xffffffffu, longest);
+  /// Rows are about equally long, and as many as keep the blocks busy: each block has whole ones. `slack`: what part more than others it may have.
+  __device__ __forceinline__ bool whole(uint32_t slack) const { return each * longest <= fair + fair / slack; }
+};
+constexpr uint32_t row_slack = 16, pair_slack = 8;
+
+/// Whole: rows are not divided among blocks, whatever they are.
+template <int Parts, bool Whole, class Rows>
+__device__ __forceinline__ Share share_of(const Rows &rows, uint32_t block, uint32_t blocks) {
+  const Load load = Load::of<Parts>(rows, blocks);
+  const auto [tiles, units, longest, fair, each_block] = load;
   Share share{};
   if (tiles == 0) return share;
-  const uint32_t fair = max((tiles + blocks - 1) / blocks, least_tiles);
 
-  // rows about equally long, and as many as keep the blocks busy: each block has whole ones
-  const uint32_t each_block = (units + blocks - 1) / blocks;
-  if (each_block * longest <= fair + fair / 16) {
+  if (Whole || load.whole(row_slack)) {
     if (block * each_block >= units) return share;
     find<Parts>(rows.count, block * each_block, [&](uint32_t r) { return rows.noted_tiles(r) > 0 ? 1u : 0u; }, share);
     share.pieces = 1;
@@ -270,6 +304,7 @@ __device__ __forceinline__ Share share_of(const Rows &rows, uint32_t block, uint
   }
   // few rows: as many equal pieces of each as make the blocks about equally busy
   if (units <= blocks) {
+    const uint32_t lane = threadIdx.x % 32, each = (rows.count + 31) / 32, first = min(lane * each, rows.count), end = min(first + each, rows.count);
     uint32_t size = fair;
     for (const uint32_t most = size + size / 8; size <= most; size += 1 + size / 64) {
       const auto pieces = [&](uint32_t r) { return (rows.noted_tiles(r) + size - 1) / size; };
@@ -304,24 +339,26 @@ __device__ __forceinline__ int head_of(uint32_t part) {
   return static_cast<int>(part / blocks * Group + part % blocks * group_rows);
 }
 
-template <class E, int Heads, int Group, int Dim, class From>
-__device__ __forceinline__ void fetch(typename HopperShape<E, Dim>::Control &control, uint8_t *ring, const s3_head *heads, uint32_t segments, uint32_t stride,
-                                      const From &from_queries, const uint8_t *pool, const int32_t *pages, const int32_t *position, int pages_of_row, const uint32_t *notes) {
+/// Chunk: keys and values are given back separately, and other blocks read them too.
+template <class E, int Heads, int Group, int Dim, bool Chunk, class Rows, class From>
+__device__ __forceinline__ void fetch(typename HopperShape<E, Dim>::Control &control, uint8_t *ring, const Rows &rows, uint32_t segments, const From &from_queries,
+                                      const uint8_t *pool, const int32_t *pages, int pages_of_row) {
   using S = HopperShape<E, Dim>;
   constexpr int Parts = Heads * ((Group + group_rows - 1) / group_rows);
-  const Rows rows{heads, position, stride, segments * stride, S::stage / 4, notes};
-  const Share share = share_of<Parts>(rows, blockIdx.x, gridDim.x);
+  constexpr uint64_t hint = Chunk ? hopper::read_again : hopper::read_once;
+  const Share share = share_of<Parts, Chunk>(rows, blockIdx.x, gridDim.x);
   __syncwarp();
   const uint32_t lane = threadIdx.x % 32;
   int newest = 0; // rows of the launch: no page that ends as many positions ahead of a row's own is written by it
-  for (uint32_t i = 0; i < segments; ++i) newest += static_cast<int>(heads[i].rows);
+  for (uint32_t i = 0; i < segments; ++i) newest += static_cast<int>(rows.heads[i].rows);
 
   bool waited = false;
-  RingPlace<S::stages> place(0);
+  RingPlace<Chunk ? S::chunk_stages : S::stages> place(0);
   uint32_t unit = 0, unit_phase = 0, left = share.left, before = share.before, row = share.row, part = share.part;
   int tile = static_cast<int>(share.tile);
   while (left > 0) {
-    const int last = position[row], tiles = last / page_tokens + 1, count = min(tiles - tile, static_cast<int>(left));
+    const uint32_t together = rows.together(row);
+    const int last = rows.position[row] + static_cast<int>(together) - 1, tiles = last / page_tokens + 1, count = min(tiles - tile, static_cast<int>(left));
     left -= static_cast<uint32_t>(count);
     control.unit_empty[unit].wait(unit_phase ^ 1);
     if (lane == 0) {
@@ -330,7 +367,8 @@ __device__ __forceinline__ void fetch(typename HopperShape<E, Dim>::Control &con
       u.part = static_cast<int32_t>(part);
       u.first = tile;
       u.count = count;
-      u.last_position = last;
+      u.last_position = last + 1 - static_cast<int>(together);
+      u.rows = static_cast<int32_t>(together);
       u.piece = static_cast<int32_t>(share.piece);
       u.pieces = u.helpers = static_cast<int32_t>(share.pieces);
       if (share.pieces == 0) { // the blocks of the unit's first and last tile
@@ -344,9 +382,9 @@ __device__ __forceinline__ void fetch(typename HopperShape<E, Dim>::Control &con
       control.unit_full[unit].arrive();
       if constexpr (From::rotated) hopper::prefetch(from_queries.template row<Dim>(last), Dim * 4);
     }
-    if (waited && lane == 0) {
+    if (waited && lane < together) {
       const int first_head = head_of<Group>(part), queries = min(group_rows, Group - first_head % Group);
-      hopper::prefetch(from_queries.q + (static_cast<int64_t>(row) * Heads * Group + first_head) * Dim, queries * Dim * 2);
+      hopper::prefetch(from_queries.q + (static_cast<int64_t>(row + lane) * Heads * Group + first_head) * Dim, queries * Dim * 2);
     }
     if (++unit == units_ahead) unit = 0, unit_phase ^= 1;
 
@@ -365,10 +403,11 @@ __device__ __forceinline__ void fetch(typename HopperShape<E, Dim>::Control &con
         const uint8_t *const from = pool + (static_cast<int64_t>(id) * Heads + part / (Parts / Heads)) * S::P::head;
         uint8_t *const to = ring + place.stage() * (2 * S::half), *const scales = ring + S::stages * (2 * S::half) + place.stage() * S::scales;
         key_full.expect(S::half + S::scales);
-        hopper::bulk_copy(to, from, S::half, key_full, hopper::read_once);
-        if constexpr (S::codes) hopper::bulk_copy(scales, from + S::P::scales, S::scales, key_full, hopper::read_once);
+        hopper::bulk_copy(to, from, S::half, key_full, hint);
+        if constexpr (S::codes) hopper::bulk_copy(scales, from + S::P::scales, S::scales, key_full, hint);
+        if constexpr (Chunk) control.value_empty[place.stage()].wait(place.lap() ^ 1);
         value_full.expect(S::half);
-        hopper::bulk_copy(to + S::half, from + S::half, S::half, value_full, hopper::read_once);
+        hopper::bulk_copy(to + S::half, from + S::half, S::half, value_full, hint);
       }
       __syncwarp();
       place.advance(1);
@@ -494,6 +533,59 @@ __device__ __forceinline__ void multiply_keys(float *s, uint32_t q, uint32_t k) 
   }
 }
 
+/// V of a tile as a matrix, of a stage whose shared address is `at`.
+template <class E, int Dim>
+__device__ __forceinline__ uint64_t values_at(uint32_t at) {
+  using S = HopperShape<E, Dim>;
+  return S::codes ? hopper::matrix(at + S::half, 16, 512, hopper::Swizzle::b64) : hopper::matrix(at + S::half, 8192, 1024, hopper::Swizzle::b128);
+}
+/// Weights of the softmax times V, issued: added to the sums.
+template <int Dim>
+__device__ __forceinline__ void multiply_values(float *sums, const uint32_t (&p)[16], uint64_t v) {
+  using namespace hopper;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (Dim == 256) values_bf16_256(sums, p + 4 * i, v + in_matrix(i * 2048), false);
+    else if constexpr (Dim == 128) values_bf16_128(sums, p + 4 * i, v + in_matrix(i * 2048), false);
+    else values_bf16_64(sums, p + 4 * i, v + in_matrix(i * 2048), false);
+  }
+}
+/// Weights as codes, as operands of products with 64 columns of V.
+struct WeightCodes {
+  uint32_t high[8], low[8];
+  __device__ __forceinline__ void take(const float (&s)[32]) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      // operand i % 4 of tokens 32 (i / 4) on: row i % 2, tokens 16 (i / 2 % 2) + 8 (0, 1) + this thread's two
+      const int from = i / 4 * 16 + i / 2 % 2 * 8 + i % 2 * 2;
+      const hopper::Codes a = hopper::Codes::of<true>(s[from], s[from + 1]), b = hopper::Codes::of<true>(s[from + 4], s[from + 5]);
+      high[i] = a.high | static_cast<uint32_t>(b.high) << 16;
+      low[i] = a.low | static_cast<uint32_t>(b.low) << 16;
+    }
+  }
+  /// Sums of 64 columns, issued.
+  __device__ __forceinline__ void multiply(float *t, uint64_t v, int block) const {
+    using namespace hopper;
+    product_fence();
+#pragma unroll
+    for (int i = 0; i < 2; ++i) values_low_64(t, low + 4 * i, v + in_matrix(block * 4096 + i * 32), i == 0);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) values_high_64(t, high + 4 * i, v + in_matrix(block * 4096 + i * 32), false);
+    product_commit();
+  }
+};
+/// Adds what came of 64 columns of a tile.
+template <int Dim>
+__device__ __forceinline__ void add_columns(Running<Dim> &r, float *t, int block, const float (&kept)[2]) {
+#pragma unroll
+  for (int i = 0; i < 32; ++i) {
+    hopper::pin(t[i]);
+    r.sums[32 * block + i] = fmaf(r.sums[32 * block + i], kept[i / 2 % 2], t[i]);
+  }
+}
+/// What the maximum of a row is raised by, so that weights times the scales of `count` tokens' V are at most 256.
+__device__ __forceinline__ float above_maximum(const float *value_scales, int count) { return exponent_of_largest(value_scales, count) - 8.0f; }
+
 /// One tile of which `count` tokens take part: waits for it, and leaves it to its caller to give the stage back.
 template <class E, int Dim>
 __device__ __forceinline__ void attend_tile(Running<Dim> &r, typename HopperShape<E, Dim>::Control &control, uint8_t *stage_data, float *scales, uint32_t full,
@@ -501,7 +593,7 @@ __device__ __forceinline__ void attend_tile(Running<Dim> &r, typename HopperShap
   using namespace hopper;
   using S = HopperShape<E, Dim>;
   const uint32_t k = same_in_warp(shared_address(stage_data));
-  const uint64_t v = S::codes ? matrix(k + S::half, 16, 512, Swizzle::b64) : matrix(k + S::half, 8192, 1024, Swizzle::b128);
+  const uint64_t v = values_at<E, Dim>(k);
   float s[32];
   control.key_full[full].wait(phase);
   product_fence();
@@ -509,7 +601,7 @@ __device__ __forceinline__ void attend_tile(Running<Dim> &r, typename HopperShap
   product_commit();
 
   float above = 0.0f;
-  if constexpr (S::codes) above = exponent_of_largest(scales + page_tokens, count) - 8.0f; // so that weights times scales are at most 256
+  if constexpr (S::codes) above = above_maximum(scales + page_tokens, count);
   product_wait<0>();
 #pragma unroll
   for (int i = 0; i < 32; ++i) pin(s[i]);
@@ -534,55 +626,28 @@ __device__ __forceinline__ void attend_tile(Running<Dim> &r, typename HopperShap
     }
     control.value_full[full].wait(phase);
     product_fence();
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if constexpr (Dim == 256) values_bf16_256(r.sums, p + 4 * i, v + in_matrix(i * 2048), false);
-      else if constexpr (Dim == 128) values_bf16_128(r.sums, p + 4 * i, v + in_matrix(i * 2048), false);
-      else values_bf16_64(r.sums, p + 4 * i, v + in_matrix(i * 2048), false);
-    }
+    multiply_values<Dim>(r.sums, p, v);
     product_commit();
     product_wait<0>();
 #pragma unroll
     for (int i = 0; i < Dim / 2; ++i) pin(r.sums[i]);
   } else {
-    uint32_t high[8], low[8];
+    WeightCodes weights;
     scale_scores(s, scales + page_tokens, thread);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      // operand i % 4 of tokens 32 (i / 4) on: row i % 2, tokens 16 (i / 2 % 2) + 8 (0, 1) + this thread's two
-      const int from = i / 4 * 16 + i / 2 % 2 * 8 + i % 2 * 2;
-      const Codes a = Codes::of<true>(s[from], s[from + 1]), b = Codes::of<true>(s[from + 4], s[from + 5]);
-      high[i] = a.high | static_cast<uint32_t>(b.high) << 16;
-      low[i] = a.low | static_cast<uint32_t>(b.low) << 16;
-    }
+    weights.take(s);
     control.value_full[full].wait(phase);
     // sums of 64 columns at a time, of which the threads add one lot while the next is multiplied
-    const auto issue = [&](float *t, int block) {
-      product_fence();
-#pragma unroll
-      for (int i = 0; i < 2; ++i) values_low_64(t, low + 4 * i, v + in_matrix(block * 4096 + i * 32), i == 0);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) values_high_64(t, high + 4 * i, v + in_matrix(block * 4096 + i * 32), false);
-      product_commit();
-    };
-    const auto add = [&](float *t, int block) {
-#pragma unroll
-      for (int i = 0; i < 32; ++i) {
-        pin(t[i]);
-        r.sums[32 * block + i] = fmaf(r.sums[32 * block + i], kept[i / 2 % 2], t[i]);
-      }
-    };
     float even[32], odd[32];
-    issue(even, 0);
+    weights.multiply(even, v, 0);
 #pragma unroll
     for (int block = 0; block < Dim / 64; ++block) {
       if (block + 1 < Dim / 64) {
-        issue(block % 2 ? even : odd, block + 1);
+        weights.multiply(block % 2 ? even : odd, v, block + 1);
         product_wait<1>();
       } else {
         product_wait<0>();
       }
-      add(block % 2 ? odd : even, block);
+      add_columns(r, block % 2 ? odd : even, block, kept);
     }
   }
 }
@@ -694,12 +759,12 @@ __device__ __forceinline__ void finish(const Running<Dim> &r, const Unit &u, typ
   hopper::meet(1, 256);
 }
 
-/// Quantises the results of a whole unit, which lie in shared memory as keys in a page: a warp for each group of columns.
-template <int Dim>
-__device__ __forceinline__ void quantise_unit(const uint8_t *results, int rows, const QuantisedResults &to, int64_t at) {
+/// Quantises the results of a row of a unit, which lie in shared memory as keys in a page: a warp of some for each group of columns.
+template <int Dim, int Warps>
+__device__ __forceinline__ void quantise_row(const uint8_t *results, int rows, const QuantisedResults &to, int64_t at) {
   const int lane = static_cast<int>(threadIdx.x % 32);
 #pragma unroll 2
-  for (int group = static_cast<int>(threadIdx.x / 32); group < rows * Dim / result_group; group += 8) {
+  for (int group = static_cast<int>(threadIdx.x / 32 % Warps); group < rows * Dim / result_group; group += Warps) {
     const int first = group * result_group + lane * 4;
     const uint2 x = *reinterpret_cast<const uint2 *>(results + Page<bf16, Dim>::key(first / Dim, first % Dim));
     const float scale = scale_of_group(max(largest_of(x.x), largest_of(x.y)));
@@ -793,7 +858,7 @@ __device__ __forceinline__ void compute(typename HopperShape<E, Dim>::Control &c
     finish<S, Dim>(r, u, control, has_part, ring + even_stage * (2 * S::half), ring + odd_stage * (2 * S::half), queries, scratch, to_results, at, heads);
     if (has_part && thread % 32 == 0) control.empty[group == 0 ? even_stage : odd_stage].arrive();
     if (u.pieces == 1) {
-      if constexpr (To::quantised) quantise_unit<Dim>(queries, heads, to_results, at);
+      if constexpr (To::quantised) quantise_row<Dim, 8>(queries, heads, to_results, at);
       continue;
     }
     if (threadIdx.x == 0) control.told = arrive(u, counters + u.first_block);
@@ -806,46 +871,6 @@ __device__ __forceinline__ void compute(typename HopperShape<E, Dim>::Control &c
     if constexpr (To::quantised) add_up_quantised<Dim>(slot, u.pieces, scratch, to_results, at, heads, from, to);
     else add_up<Dim, 256>(slot, u.pieces, scratch, to_results.out + at, heads, from, to);
   }
-}
-
-template <class E, int Heads, int Group, int Dim, class From, class To>
-__global__ void __launch_bounds__(384, 1) attend_hopper_kernel(const s3_head *heads, uint32_t segments, uint32_t stride, From queries, const uint8_t *pool,
-                                                               const int32_t *pages, const int32_t *position, int pages_of_row, float scale, To results,
-                                                               uint8_t *scratch, uint32_t *counters) {
-  using S = HopperShape<E, Dim>;
-  extern __shared__ __align__(1024) uint8_t shared[];
-  auto &control = *reinterpret_cast<typename S::Control *>(shared + S::query + S::stages * S::stage);
-  let_successor_start();
-  uint32_t *const notes = reinterpret_cast<uint32_t *>(shared + S::query); // where the first tile comes later
-  const Rows rows{heads, position, stride, segments * stride, S::stage / 4, notes};
-  for (uint32_t row = threadIdx.x; row < min(rows.count, rows.noted); row += blockDim.x) notes[row] = rows.tiles(row);
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < 2 * S::stages; ++i) control.key_full[i].init(1), control.value_full[i].init(1);
-    for (int i = 0; i < S::stages; ++i) control.empty[i].init(4);
-    for (int i = 0; i < units_ahead; ++i) control.unit_full[i].init(1), control.unit_empty[i].init(2);
-    hopper::publish_barriers();
-  }
-  __syncthreads();
-  if (threadIdx.x >= 256) {
-    hopper::give_registers<40>();
-    if (threadIdx.x < 288)
-      fetch<E, Heads, Group, Dim>(control, shared + S::query, heads, segments, stride, queries, pool, pages, position, pages_of_row, notes);
-  } else {
-    hopper::take_registers<232>();
-    compute<E, Heads, Group, Dim>(control, shared, shared + S::query, queries, scale, results, scratch, counters);
-  }
-}
-
-/// Attention of every row of a launch over cache positions 0 .. position[row]; `Group` query heads share a KV head. `scale` is above 0.
-/// QuantisedResults: the heads of a group of columns share a KV head.
-template <class Q, class E, int Heads, int Group, int Dim, class From, class To>
-cudaError_t attend_hopper(const Call &c, const From &queries, const uint8_t *pool, const int32_t *pages, const int32_t *position, int pages_of_row, float scale,
-                          const To &results) {
-  static_assert(!To::quantised || Group * Dim % result_group == 0);
-  using S = HopperShape<E, Dim>;
-  const uint32_t blocks = static_cast<uint32_t>(c.processors) < most_blocks ? static_cast<uint32_t>(c.processors) : most_blocks;
-  return launch(attend_hopper_kernel<E, Heads, Group, Dim, From, To>, dim3(c.stride == 0 ? 0 : blocks), dim3(384), S::shared, c, c.heads, c.segments, c.stride, queries,
-                pool, pages, position, pages_of_row, scale, results, c.scratch, c.counters);
 }
 
 }  // namespace s3

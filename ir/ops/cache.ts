@@ -53,8 +53,11 @@ const place = (state: KvState, pages: Tensor, row: number, position: number, op:
   return `${pages.data[row * columns + column]}:${position % state.pageTokens}`;
 };
 
-/** Pages of one sequence of `T` rows at positions 0..T-1. */
-const oneSequence = [tensor("i32", ["T", 4]), tensor("i32", ["T"])] as const;
+/** Pages, of at least 4 tokens, of one sequence of `T` rows at positions 0..T-1, and these. */
+const oneSequence = (tokens: number): readonly [TensorType, TensorType] => [
+  tensor("i32", ["T", Math.max(4, Math.ceil(tokens / 4))]),
+  tensor("i32", ["T"]),
+];
 
 const appendSample = (name: string, dtype: KvType["dtype"], heads: number, dim: number): Sample => {
   const rows = tensor(dtype, ["T", heads * dim]);
@@ -62,7 +65,7 @@ const appendSample = (name: string, dtype: KvType["dtype"], heads: number, dim: 
   const quantised = dtype === "e4m3" || dtype === "i8";
   return {
     name,
-    inputs: [{ kind: "kv", dtype, heads, dim }, ...(quantised ? [rows, scales, rows, scales] : [rows, rows]), ...oneSequence],
+    inputs: [{ kind: "kv", dtype, heads, dim }, ...(quantised ? [rows, scales, rows, scales] : [rows, rows]), ...oneSequence(5)],
     attrs: {},
     values: quantised
       ? ["normal", "normal", "positive", "normal", "positive", "column", "row"]
@@ -154,12 +157,13 @@ const attentionSample = (
   kvHeads: number,
   dim: number,
   q: DType = "bf16",
+  tokens = 5,
 ): Sample => ({
   name,
-  inputs: [tensor(q, ["T", heads * dim]), { kind: "kv", dtype, heads: kvHeads, dim }, ...oneSequence],
+  inputs: [tensor(q, ["T", heads * dim]), { kind: "kv", dtype, heads: kvHeads, dim }, ...oneSequence(tokens)],
   attrs: { heads, scale: 1 / Math.sqrt(dim) },
   values: ["normal", "normal", "column", "row"],
-  symbols: { T: 5 },
+  symbols: { T: tokens },
 });
 
 export const attention: Knowledge = {
@@ -189,6 +193,11 @@ export const attention: Knowledge = {
     attentionSample("grouped heads", "bf16", 6, 2, 22),
     attentionSample("f32, as many KV heads", "f32", 3, 3, 16, "f32"),
     attentionSample("fp8 cache", "e4m3", 4, 1, 64),
+    // more rows than processors, which kernels may take some at a time
+    attentionSample("a chunk", "bf16", 8, 1, 64, "bf16", 139),
+    attentionSample("a chunk, two KV heads", "bf16", 20, 2, 128, "bf16", 75),
+    attentionSample("a chunk, fp8 cache", "e4m3", 8, 1, 64, "bf16", 67),
+    attentionSample("a chunk, int8 cache", "i8", 8, 1, 64, "bf16", 67),
     attentionSample("int8 cache", "i8", 4, 2, 32),
   ],
 };
