@@ -122,6 +122,23 @@ describe.skipIf(nvcc === undefined)(`emitted files compile${nvcc === undefined ?
       }
     });
 
+  const large: readonly (readonly [arch: string, calls: readonly string[]])[] = [
+    ["sm_90a", ["attend_hopper<bf16, bf16", "attend_hopper<bf16, e4m3"]],
+    ["sm_80", ["ampere::Bf16, 128>(", "ampere::E4m3, 128>(", "ampere::Int8, 128>("]],
+  ];
+  for (const [arch, calls] of large)
+    test(`samples that matrix units of ${arch} do`, { timeout: 600_000 }, async () => {
+      const files = programs.get(`samples of ops for ${arch}`) as Map<string, string>;
+      const folder = join(root, `units-${arch}`);
+      for (const [path, text] of files) {
+        mkdirSync(dirname(join(folder, path)), { recursive: true });
+        writeFileSync(join(folder, path), text);
+      }
+      const list = calls.map((call) => [...files].find(([, text]) => text.includes(call))?.[0]);
+      expect(list).not.toContain(undefined);
+      expect(await compileAll(folder, list as string[], arch)).toEqual([]);
+    });
+
   test("the driver is plain C++", () => {
     const files = programs.get("samples of ops for sm_80") as Map<string, string>;
     const folder = join(root, "driver");

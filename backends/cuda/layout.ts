@@ -1,5 +1,5 @@
 /**
- * How weights of contractions lie in memory on Hopper: as contract_hopper.cuh copies them to shared memory.
+ * How weights of contractions lie in memory for matrix units: as contract_hopper.cuh and contract_ampere.cuh copy them to shared memory.
  *
  * A matrix [N, K] is tiles of 128 rows by 128 bytes, tiles along K following each other, then the next 128 rows. A row of a tile is its 128
  * bytes with the eight pieces of 16 bytes exchanged: piece i is at i xor (row mod 8), the 128-byte swizzle of the matrix units. What lies past

@@ -1,7 +1,8 @@
 /**
  * Contractions of activations with weights: linear, scaled_linear and their grouped forms, alone or in a `fused` with elementwise ops, which may
- * use what experts gave (`combine`) and whose result may be quantised in groups of columns. Here sizes, layouts and the epilogue are worked out, and which of the kernels does it: contract_hopper.cuh where the
- * matrix units have the types and the product is large enough to fill some of them, contract.cuh otherwise.
+ * use what experts gave (`combine`) and whose result may be quantised in groups of columns. Here sizes, layouts and the epilogue are worked out,
+ * and which of the kernels does it: contract_hopper.cuh or contract_ampere.cuh where the matrix units have the types and the product is large
+ * enough to fill some of them, contract.cuh otherwise.
  */
 import type { Dim } from "../../ir/dim.ts";
 import type { Op, Value } from "../../ir/graph.ts";
@@ -102,8 +103,8 @@ const epilogueOf = (work: Contraction, rows: Dim, columns: number, target: Targe
   };
 };
 
-/** Types of operands that Hopper's products take, with the scales that go with them: rows and columns of w that share one. */
-const hopperOperand = (dtype: DType, block: readonly [number, number] | undefined, inner: number): string | undefined => {
+/** Types of operands that products of the matrix units take, with the scales that go with them: rows and columns of w that share one. */
+const unitOf = (dtype: DType, block: readonly [number, number] | undefined, inner: number): string | undefined => {
   if (dtype === "bf16" && block === undefined) return "Bf16";
   if (dtype === "e4m3" && block?.[0] === tileRows && block[1] === 128) return "E4m3";
   if (dtype === "i8" && block?.[0] === 1 && block[1] >= inner) return "Int8";
@@ -115,6 +116,8 @@ const leastProduct = 1 << 17;
 const mostMatrices = 384;
 /** Bytes of packed rows that a launch keeps; more rows go one part after the other. */
 const mostPackedBytes = 96 << 20;
+/** Bytes of the sums that blocks leave which share k on Ampere: most_sharing of 128 rows and columns. */
+const sharedSums = 264 * 128 * 128 * 4;
 /** Attention ranks whose rows one launch of the other side may have. */
 const mostSegments = 32;
 
@@ -151,10 +154,11 @@ const match =
 
     const block = scaled ? (contraction.attrs.block as readonly [number, number]) : undefined;
     const isWeight = (name: string): boolean => target.isWeight?.(op.inputs[indexOf(name)] as Value) ?? true;
-    const packable = target.arch === "sm_90a" && isWeight("w") && (!scaled || isWeight("ws")) && matrices <= mostMatrices;
-    const unit = packable && columns * inner >= leastProduct ? hopperOperand(dtypeOf(w), block, inner) : undefined;
+    const packable = isWeight("w") && (!scaled || isWeight("ws")) && matrices <= mostMatrices;
+    const unit = packable && columns * inner >= leastProduct ? unitOf(dtypeOf(w), block, inner) : undefined;
+    const family = target.arch === "sm_90a" ? "hopper" : "ampere";
     const zeros = grouped && contraction.attrs.owned !== true;
-    if (epilogue.quantises && (unit === undefined || unit === "Int8"))
+    if (epilogue.quantises && (unit === undefined || unit === "Int8" || family !== "hopper"))
       return target.decline("contractions whose results are quantised are for Hopper's units and groups of columns");
     if (epilogue.quantises && zeros) return target.decline("quantised results of experts that are not there");
 
@@ -164,6 +168,9 @@ const match =
     const places = counted.perToken && op.place?.startsWith("ffn") ? mostSegments * perSegment : perSegment;
     const lines = linesOf(inner, dtypeOf(w));
     const { window, bytes } = scratchOf(places, matrices, lines, unit === "E4m3" ? lines : unit === "Int8" ? 1 : 0);
+
+    // rows that copies find stay where they are
+    const stays = !grouped && (inner * dtypeBytes(dtypeOf(w))) % 16 === 0;
 
     const operands: ContextValue[] = names.map((name) => {
       const packed = unit !== undefined && name === "w";
@@ -179,7 +186,8 @@ const match =
     return {
       context: {
         about,
-        header: unit === undefined ? "contract.cuh" : "contract_hopper.cuh",
+        header: unit === undefined ? "contract.cuh" : `contract_${family}.cuh`,
+        family,
         unit: unit ?? "",
         columns,
         inner,
@@ -203,11 +211,10 @@ const match =
         quantisedColumns,
         groups: Math.ceil(columns / quantisedColumns),
       },
-      // rows that a map of memory finds stay where they are
-      scratch: unit === undefined || (!grouped && (inner * dtypeBytes(dtypeOf(w))) % 16 === 0) ? 0 : bytes,
+      scratch: unit === undefined ? 0 : (stays ? 0 : bytes) + (family === "ampere" && !grouped ? sharedSums : 0),
       layouts: unit === undefined ? {} : { [indexOf("w")]: tiles },
       about,
-      ...(unit === "E4m3" ? { inexact: codeSums } : {}),
+      ...(unit === "E4m3" && family === "hopper" ? { inexact: codeSums } : {}),
     };
   };
 

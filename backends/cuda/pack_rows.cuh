@@ -1,4 +1,4 @@
-// Rows of activations as contract_hopper.cuh wants them: gathered by the matrix that they meet, in lines of 128 bytes.
+// Rows of activations as contract_hopper.cuh and contract_ampere.cuh want them: gathered by the matrix that they meet, in lines of 128 bytes.
 //
 // Rows of one matrix follow each other from a multiple of 8 on. Line (b, r) holds bytes 128b .. 128b + 127 of row r, zeros past its end, with its
 // eight pieces of 16 bytes exchanged by r % 8 (the 128-byte swizzle); lines of a block b are consecutive. Scales lie likewise: [b][r].

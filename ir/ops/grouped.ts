@@ -73,12 +73,22 @@ const inferGrouped: Knowledge["infer"] = (inputs, attrs) => {
   return [tensor(expect.dtypeAttr(attrs, "to", x.dtype), pairShape(x, w, expect.tensorAt(inputs, 2, "ids")))];
 };
 
-const groupedSample = (name: string, rows: Dim, e: number, n: number, k: number, j: number, attrs: Attrs, below = e): Sample => ({
+const groupedSample = (
+  name: string,
+  rows: Dim,
+  e: number,
+  n: number,
+  k: number,
+  j: number,
+  attrs: Attrs,
+  below = e,
+  tokens = 5,
+): Sample => ({
   name,
   inputs: [tensor("bf16", [rows, k]), tensor("bf16", [e, n, k]), tensor("i32", ["T", j])],
   attrs,
   values: ["normal", "normal", { below }],
-  symbols: { T: 5 },
+  symbols: { T: tokens },
 });
 
 export const groupedLinear: Knowledge = {
@@ -114,6 +124,10 @@ export const groupedLinear: Knowledge = {
     groupedSample("a rank's experts", "T", 4, 16, 24, 3, { to: "f32", first: 4 }, 12),
     groupedSample("nothing of others' experts", "T", 4, 128, 1024, 3, { to: "f32", owned: true }, 12),
     groupedSample("one expert a token", "T", 3, 8, 16, 1, { to: "f32" }),
+    // large enough for matrix units
+    groupedSample("large, experts without rows", "T", 4, 514, 256, 2, { to: "f32" }, 3, 70),
+    groupedSample("large, one expert has all rows", "2*T", 3, 300, 448, 2, {}, 1, 70),
+    groupedSample("large, ragged, a rank's experts", "T", 2, 515, 261, 3, { to: "f32", first: 2 }, 6, 20),
   ],
 };
 
@@ -155,6 +169,7 @@ const scaledSample = (
   block: readonly [number, number],
   attrs: Attrs = {},
   below: number = sizes[0],
+  tokens = 5,
 ): Sample => {
   const [e, n, k, j] = sizes;
   const blocks = Math.ceil(k / block[1]);
@@ -169,7 +184,7 @@ const scaledSample = (
     ],
     attrs: { to: "f32", block, ...attrs },
     values: ["normal", "positive", "normal", "positive", { below }],
-    symbols: { T: 5 },
+    symbols: { T: tokens },
   };
 };
 
@@ -215,6 +230,10 @@ export const scaledGroupedLinear: Knowledge = {
     scaledSample("int8 channels", "T", [6, 24, 131, 3], "i8", [1, 131]),
     scaledSample("fp8, nothing of others' experts", "T", [4, 256, 512, 3], "e4m3", [128, 128], { owned: true }, 12),
     scaledSample("a rank's experts, bf16", "3*T", [2, 16, 40, 3], "i8", [1, 40], { to: "bf16", first: 2 }, 6),
+    // large enough for matrix units
+    scaledSample("large, fp8, experts without rows", "T", [4, 514, 256, 2], "e4m3", [128, 128], {}, 3, 70),
+    scaledSample("large, fp8, one expert has all rows", "2*T", [3, 300, 448, 2], "e4m3", [128, 128], { to: "bf16" }, 1, 70),
+    scaledSample("large, int8, a rank's experts", "T", [2, 515, 261, 3], "i8", [1, 261], { first: 2 }, 6, 20),
   ],
 };
 

@@ -18,11 +18,11 @@ const infer: Knowledge["infer"] = (inputs, attrs) => {
   return [tensor(expect.dtypeAttr(attrs, "to", x.dtype), [expect.dimAt(x, 0), expect.constantDim(w, 0, "w")])];
 };
 
-const sample = (name: string, n: number, k: number, dtype: DType, attrs = {}): Sample => ({
+const sample = (name: string, n: number, k: number, dtype: DType, attrs = {}, rows = 5): Sample => ({
   name,
   inputs: [tensor(dtype, ["T", k]), tensor(dtype, [n, k])],
   attrs,
-  symbols: { T: 5 },
+  symbols: { T: rows },
 });
 
 export const linear: Knowledge = {
@@ -60,6 +60,10 @@ export const linear: Knowledge = {
     sample("one output", 1, 300, "bf16", { to: "f32" }),
     sample("one column", 9, 1, "f32"),
     sample("f16", 16, 40, "f16", { to: "f32" }),
+    // large enough for matrix units
+    sample("large", 520, 256, "bf16", { to: "f32" }),
+    sample("large, many rows", 300, 448, "bf16", {}, 150),
+    sample("large, ragged", 515, 261, "bf16", { to: "f32" }, 37),
     { name: "pairs", inputs: [tensor("bf16", ["3*T", 64]), tensor("bf16", [24, 64])], attrs: {}, symbols: { T: 2 } },
     { name: "two rows for certain", inputs: [tensor("f32", [2, 8]), tensor("f32", [3, 8])], attrs: {} },
   ],

@@ -40,6 +40,7 @@ const sample = (
   codes: DType,
   block: readonly [number, number],
   to: DType = "f32",
+  rows = 5,
 ): Sample => ({
   name,
   inputs: [
@@ -50,7 +51,7 @@ const sample = (
   ],
   attrs: { to, block },
   values: ["normal", "positive", "normal", "positive"],
-  symbols: { T: 5 },
+  symbols: { T: rows },
 });
 
 export const scaledLinear: Knowledge = {
@@ -95,5 +96,11 @@ export const scaledLinear: Knowledge = {
     sample("fp8, smaller than a block", 20, 40, "e4m3", [128, 128]),
     sample("int8 channels", 48, 256, "i8", [1, 256]),
     sample("int8, ragged", 37, 131, "i8", [1, 131], "bf16"),
+    // large enough for matrix units
+    sample("large, fp8", 520, 256, "e4m3", [128, 128]),
+    sample("large, fp8, many rows", 300, 448, "e4m3", [128, 128], "f32", 150),
+    sample("large, fp8, ragged", 515, 261, "e4m3", [128, 128], "bf16", 37),
+    sample("large, int8, many rows", 300, 448, "i8", [1, 448], "f32", 150),
+    sample("large, int8, ragged", 515, 261, "i8", [1, 261], "bf16", 37),
   ],
 };
