@@ -134,6 +134,7 @@ export {
   aboutContraction,
   type Contraction,
   contractionOf,
+  contractionsOf,
   dtypeOf,
   fitsResult,
   type Operands,

@@ -40,8 +40,8 @@ export interface Contraction {
   readonly outputs: readonly Value[];
 }
 
-/** The quantisation that a body ends in, and the ops that make it. */
-const quantisedOf = (body: Graph): { readonly quantised: Quantised; readonly ops: ReadonlySet<Op> } | undefined => {
+/** The quantisation that a body ends in. */
+const quantisedOf = (body: Graph): Quantised | undefined => {
   const makers = producersOf(body);
   const codes = body.outputs.find((v) => dtypeOf(v) === "e4m3");
   if (codes === undefined) return undefined;
@@ -49,42 +49,63 @@ const quantisedOf = (body: Graph): { readonly quantised: Quantised; readonly ops
     for (const dtype of ["bf16", "f16", "f32"] as const) {
       const type: TensorType = { kind: "tensor", dtype, shape: shapeOf(codes) };
       const from = recognise(makers, [codes, scales], "quantise", [type], { to: "e4m3", group: quantisedColumns })?.[0];
-      if (from === undefined) continue;
-      const ops = new Set<Op>();
-      const account = (v: Value): void => {
-        const op = makers.get(v.name);
-        if (op === undefined || v.name === from.name) return;
-        ops.add(op);
-        op.inputs.forEach(account);
-      };
-      account(codes);
-      account(scales);
-      return { quantised: { from, codes, scales }, ops };
+      if (from !== undefined) return { from, codes, scales };
     }
   return undefined;
 };
 
 export const contractionOf = (op: Op): Contraction | undefined => {
+  const contractions = contractionsOf(op);
+  return contractions?.length === 1 ? contractions[0] : undefined;
+};
+
+/**
+ * An op seen as contractions, each with what follows it; undefined where a result is of none of them or of more than one, and where several have
+ * something other than elementwise ops behind them.
+ */
+export const contractionsOf = (op: Op): readonly Contraction[] | undefined => {
   const alone = { rest: [], combines: [], quantised: undefined };
-  if (op.kind in operandNames) return { contraction: op, ...alone, inputs: op.inputs, outputs: op.outputs };
+  if (op.kind in operandNames) return [{ contraction: op, ...alone, inputs: op.inputs, outputs: op.outputs }];
   const { body } = op;
-  const contractions = body?.ops.filter((o) => o.kind in operandNames) ?? [];
-  const [contraction] = contractions;
-  if (op.kind !== "fused" || body === undefined || contraction === undefined || contractions.length > 1) return undefined;
+  if (op.kind !== "fused" || body === undefined) return undefined;
   const found = quantisedOf(body);
-  const others = body.ops.filter((o) => o !== contraction && (o.kind === "const" || !found?.ops.has(o)));
-  const combines = others.filter((o) => o.kind === "combine");
-  const rest = others.filter((o) => o.kind !== "combine");
   const given = new Set(body.inputs.map((v) => v.name));
-  const known = new Set([...given, ...[contraction, ...combines, ...rest].flatMap((o) => o.outputs.map((v) => v.name))]);
-  const ends = found === undefined ? [] : [found.quantised.codes, found.quantised.scales];
-  const whole =
-    rest.every((o) => knowledge(o.kind).scalar !== undefined || o.kind === "const") &&
-    [contraction, ...combines].every((o) => o.inputs.every((v) => given.has(v.name))) &&
-    rest.every((o) => o.inputs.every((v) => known.has(v.name))) &&
-    body.outputs.every((v) => known.has(v.name) || ends.some((e) => e.name === v.name));
-  if (!whole) return undefined;
-  return { contraction, rest, combines, quantised: found?.quantised, inputs: body.inputs, outputs: body.outputs };
+  const ofInputs = (o: Op): boolean => o.inputs.every((v) => given.has(v.name));
+  const contracts = (o: Op): boolean => o.kind in operandNames && ofInputs(o);
+  const combines = (o: Op): boolean => o.kind === "combine" && ofInputs(o);
+  const elementwise = (o: Op): boolean => knowledge(o.kind).scalar !== undefined || o.kind === "const";
+  const isQuantised = (v: Value): boolean => v.name === found?.codes.name || v.name === found?.scales.name;
+  const makers = producersOf(body);
+  const opsOf = (v: Value): ReadonlySet<Op> => {
+    const ops = new Set<Op>();
+    const add = (value: Value): void => {
+      const maker = makers.get(value.name);
+      if (maker === undefined || ops.has(maker)) return;
+      ops.add(maker);
+      maker.inputs.forEach(add);
+    };
+    add(v);
+    return ops;
+  };
+  const needs = new Map(body.outputs.map((v) => [v, opsOf(isQuantised(v) && found ? found.from : v)]));
+  const used = new Set([...needs.values()].flatMap((ops) => [...ops]));
+  if (![...used].every((o) => elementwise(o) || contracts(o) || combines(o))) return undefined;
+  if ([...needs.values()].some((ops) => [...ops].filter(contracts).length !== 1)) return undefined;
+  const contractions = body.ops.filter(contracts).map((contraction): Contraction => {
+    const outputs = body.outputs.filter((v) => needs.get(v)?.has(contraction));
+    const ops = body.ops.filter((o) => outputs.some((v) => needs.get(v)?.has(o)));
+    const quantised = outputs.some(isQuantised) ? found : undefined;
+    return {
+      contraction,
+      rest: ops.filter(elementwise),
+      combines: ops.filter(combines),
+      quantised,
+      inputs: body.inputs,
+      outputs,
+    };
+  });
+  const plain = contractions.every((w) => w.combines.length === 0 && w.quantised === undefined);
+  return contractions.every((w) => w.outputs.length > 0) && (contractions.length === 1 || plain) ? contractions : undefined;
 };
 
 /** What is multiplied: operands by name, and sizes. */

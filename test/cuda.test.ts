@@ -12,6 +12,7 @@ import { checkBackend } from "../backends/conformance.ts";
 import cuda from "../backends/cuda/index.ts";
 import { compile, defaultOptions } from "../compiler/compile.ts";
 import { silent } from "../compiler/progress.ts";
+import { step3ConfigJson } from "./checkpoint.ts";
 
 const sample = fileURLToPath(new URL("../samples/step3-tiny", import.meta.url));
 const nvcc = ["nvcc", "/usr/local/cuda/bin/nvcc"].find((name) => spawnSync(name, ["--version"]).status === 0);
@@ -27,9 +28,9 @@ describe("every sample of every op", () => {
     });
 });
 
-const kernelsOf = async (precision: "bf16" | "fp8" | "int8"): Promise<string[]> => {
+const kernelsOf = async (precision: "bf16" | "fp8" | "int8", model = sample): Promise<string[]> => {
   const printed = await compile(
-    sample,
+    model,
     { ...defaultOptions, attention: "cuda", ffn: "cuda", precision, kv: precision, weights: false, emit: "kernels" },
     silent,
   );
@@ -47,6 +48,28 @@ describe("kernels of the sample", () => {
       expect(appends).toHaveLength(1);
       expect(appends[0]).toContain(steps);
     }
+  });
+
+  test("contractions of the same rows are one launch when they are large enough for the matrix units", async () => {
+    const model = join(root, "wide");
+    mkdirSync(model);
+    writeFileSync(
+      join(model, "config.json"),
+      JSON.stringify(step3ConfigJson({ sizes: { hidden: 512, queryRank: 256, headDim: 128 } })),
+    );
+    for (const [precision, kind] of [
+      ["bf16", "linear bf16"],
+      ["fp8", "scaled_linear e4m3"],
+      ["int8", "scaled_linear i8"],
+    ] as const) {
+      const joined = (await kernelsOf(precision, model)).filter(
+        (about) => about.includes(" and linear ") || about.includes(" and scaled_linear "),
+      );
+      expect(joined).toHaveLength(1);
+      expect(joined[0]?.split(" and ").map((about) => about.startsWith(kind))).toEqual([true, true, true]);
+    }
+    const apart = (await kernelsOf("fp8")).filter((about) => about.includes(" and scaled_linear "));
+    expect(apart).toEqual([]);
   });
 
   test("experts are chosen by one kernel", async () => {

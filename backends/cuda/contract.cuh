@@ -91,36 +91,46 @@ __device__ __forceinline__ void write_four(T *p, int count, const Four<T> &v) {
   }
 }
 
-/// Four columns of the rows of a token's pairs, and the weights with which they are added up; both are 0 for experts of others.
+/// The pairs of a token whose experts are first .. end - 1, and their weights; -1 and 0 for others.
 template <int Choices>
-struct Chosen {
-  Four<float> given[Choices];
+struct ChosenPairs {
+  int64_t pairs[Choices];
   float weights[Choices];
 
-  __device__ __forceinline__ Four<float> sum() const {
+  __device__ __forceinline__ ChosenPairs() {}
+  __device__ __forceinline__ ChosenPairs(const int32_t *ids, const float *of, int32_t first, int32_t end, int64_t row) {
+#pragma unroll
+    for (int j = 0; j < Choices; ++j) {
+      const int64_t pair = row * Choices + j;
+      const int32_t expert = ids[pair];
+      const bool owned = expert >= first && expert < end;
+      pairs[j] = owned ? pair : -1;
+      weights[j] = owned ? of[pair] : 0;
+    }
+  }
+};
+/// Four columns of the rows of those pairs, to be added up.
+template <int Choices>
+struct PairColumns {
+  Four<float> fours[Choices];
+
+  template <bool Whole>
+  __device__ __forceinline__ void read(const ChosenPairs<Choices> &chosen, const float *y, int64_t column, int64_t columns, int count) {
+#pragma unroll
+    for (int j = 0; j < Choices; ++j) {
+      fours[j] = {};
+      if (chosen.pairs[j] >= 0) fours[j] = read_four<Whole>(y + chosen.pairs[j] * columns + column, count);
+    }
+  }
+  __device__ __forceinline__ Four<float> sum(const ChosenPairs<Choices> &chosen) const {
     Four<float> all{};
 #pragma unroll
     for (int j = 0; j < Choices; ++j)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) all[i] += weights[j] * given[j][i];
+      for (int i = 0; i < 4; ++i) all[i] += chosen.weights[j] * fours[j][i];
     return all;
   }
 };
-/// Of experts first .. end - 1.
-template <int Choices, bool Whole>
-__device__ __forceinline__ Chosen<Choices> chosen_of(const float *y, const int32_t *ids, const float *weights, int32_t first, int32_t end, int64_t row, int64_t column,
-                                                     int64_t columns, int count) {
-  Chosen<Choices> chosen{};
-#pragma unroll
-  for (int j = 0; j < Choices; ++j) {
-    const int64_t pair = row * Choices + j;
-    const int32_t expert = ids[pair];
-    if (expert < first || expert >= end) continue;
-    chosen.given[j] = read_four<Whole>(y + pair * columns + column, count);
-    chosen.weights[j] = weights[pair];
-  }
-  return chosen;
-}
 
 // --- any processor, any shape -----------------------------------------------------------------------------------------------------------
 
@@ -133,7 +143,8 @@ struct SumOf<int8_t> { using type = int32_t; };
 constexpr int plain_warps = 8, plain_columns = 4 * plain_warps;
 
 /// A warp for four columns of a row: its lanes take every 32nd k, and add up what they have in a fixed order. Finish has
-/// `beside(row, column, count)`, which reads what else there is, and `(row, column, sums[4], beside, count)`, which turns sums into results.
+/// `row_of(row)` and `beside(which, of_row, column, count)`, which read what else there is, and `(which, of_row, column, sums[4], beside, count)`, which
+/// turns sums into results; `which` of several weights: here there is one.
 template <bool Scaled, class X, class W, class Finish>
 __global__ void __launch_bounds__(32 * plain_warps) plain_kernel(Contraction d, Rows rows, Choice choice, const X *x, const float *xs, const W *w, const float *ws, Finish finish) {
   using Sum = typename SumOf<W>::type;
@@ -170,7 +181,10 @@ __global__ void __launch_bounds__(32 * plain_warps) plain_kernel(Contraction d, 
       for (int i = 0; i < 4; ++i)
         for (int other = 16; other > 0; other /= 2) sums[i] += __shfl_xor_sync(0xFFFFFFFFu, sums[i], other);
     }
-    if (lane == 0 && (matrix >= 0 || choice.zeros)) finish(row, column, sums, finish.beside(row, column, count), count);
+    if (lane == 0 && (matrix >= 0 || choice.zeros)) {
+      const auto of_row = finish.row_of(static_cast<int32_t>(row));
+      finish(0, of_row, column, sums, finish.beside(0, of_row, column, count), count);
+    }
   }
 }
 

@@ -336,15 +336,15 @@ struct Multiplier {
   __device__ __forceinline__ void finish_four(const Item &item, int32_t row, int32_t column, const Four<Sum> &sums) {
     if (row >= item.end || column >= p.columns) return;
     const int count = min(4, p.columns - column);
-    const int64_t target = p.x != nullptr ? row : p.packed.targets[row];
-    const typename Finish::Beside beside = finish.beside(target, int64_t{column}, count);
+    const typename Finish::Row target = finish.row_of(p.x != nullptr ? row : p.packed.targets[row]);
+    const typename Finish::Beside beside = finish.beside(0, target, int64_t{column}, count);
     float scaled[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       scaled[i] = static_cast<float>(sums[i]);
       if constexpr (O::row_scales) scaled[i] *= (p.x != nullptr ? p.xs : p.packed.scales)[row] * p.ws[int64_t{item.matrix} * p.columns + column + min(i, count - 1)];
     }
-    finish(target, int64_t{column}, scaled, beside, count);
+    finish(0, target, int64_t{column}, scaled, beside, count);
   }
 };
 
@@ -379,9 +379,10 @@ __global__ void __launch_bounds__(32 * O::warps, 2) contract_kernel(const __grid
   const float zeros[4] = {};
   for (int32_t row = blockIdx.x; row < none.count; row += gridDim.x)
     for (uint32_t four = threadIdx.x; four < fours; four += blockDim.x) {
-      const int64_t target = p.packed.targets[none.base + row], column = 4 * four;
+      const typename Finish::Row target = finish.row_of(p.packed.targets[none.base + row]);
+      const int64_t column = 4 * four;
       const int count = min(4, p.columns - static_cast<int32_t>(column));
-      finish(target, column, zeros, finish.beside(target, column, count), count);
+      finish(0, target, column, zeros, finish.beside(0, target, column, count), count);
     }
 }
 

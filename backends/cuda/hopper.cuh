@@ -88,6 +88,10 @@ __device__ __forceinline__ void tensor_copy_to(uint16_t blocks, void *to, const 
       "l"(map), "r"(x), "r"(y), "r"(shared_address(&b)), "h"(blocks), "l"(hint)
       : "memory");
 }
+/// Fetches a map that copies will soon use.
+__device__ __forceinline__ void prefetch_map(const CUtensorMap *map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
+/// Brings the line at an address into the L2 cache.
+__device__ __forceinline__ void prefetch(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p) : "memory"); }
 /// 16 bytes by this thread; zeros when `there` is false.
 __device__ __forceinline__ void copy_16(void *to, const void *from, bool there) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(there ? 16 : 0) : "memory");

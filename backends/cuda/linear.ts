@@ -1,8 +1,9 @@
 /**
- * Contractions of activations with weights: linear, scaled_linear and their grouped forms, alone or in a `fused` with elementwise ops, which may
- * use what experts gave (`combine`) and whose result may be quantised in groups of columns. Here sizes, layouts and the epilogue are worked out,
- * and which of the kernels does it: contract_hopper.cuh or contract_ampere.cuh where the matrix units have the types and the product is large
- * enough to fill some of them, contract.cuh otherwise.
+ * Contractions of activations with weights: linear, scaled_linear and their grouped forms, alone or in a `fused` whose other ops are elementwise:
+ * one, which may use what experts gave (`combine`) and may have its result quantised in groups of columns, or several of the same rows whose results
+ * do not meet. Here sizes, layouts and the epilogue are worked out, and which of the kernels does it: contract_hopper.cuh or contract_ampere.cuh
+ * where the matrix units have the types and the product is large enough to fill some of them, contract.cuh otherwise. Only the first takes several
+ * contractions and quantises.
  */
 import type { Dim } from "../../ir/dim.ts";
 import type { Op, Value } from "../../ir/graph.ts";
@@ -12,7 +13,7 @@ import { elementStatements, loadElement, rowsOf, storeElement, tokenSymbol } fro
 import {
   aboutContraction,
   type Contraction,
-  contractionOf,
+  contractionsOf,
   dtypeOf,
   fitsResult,
   operandsOf,
@@ -25,20 +26,27 @@ import { linesOf, tileRows, tiles } from "./layout.ts";
 
 const operandTypes: Readonly<Record<string, string>> = { xs: "float", ws: "float", ids: "int32_t" };
 
-/** Four neighbouring columns of one row: what is read first, statements for column i of them, what is written last. */
+/** Four neighbouring columns of one row: what is read first, statements for column i of them, what is written last; `inputs`: by index. */
 interface Epilogue {
-  readonly fields: readonly ContextValue[];
+  readonly inputs: readonly number[];
   readonly combines: readonly ContextValue[];
   readonly reads: readonly ContextValue[];
   readonly lines: readonly string[];
   readonly writes: readonly ContextValue[];
-  readonly quantises: boolean;
-  /** of the outputs: codes and their scales */
+  /** outputs that are the codes and scales of what is quantised */
   readonly codes: number;
   readonly scales: number;
 }
 
-const epilogueOf = (work: Contraction, rows: Dim, columns: number, target: Target): Epilogue | undefined => {
+/** `number`: of the contraction in the op; `results`: of the whole op. */
+const epilogueOf = (
+  number: number,
+  work: Contraction,
+  results: readonly Value[],
+  rows: Dim,
+  columns: number,
+  target: Target,
+): Epilogue | undefined => {
   const sum = work.contraction.outputs[0] as Value;
   const { quantised } = work;
   if (!fitsResult(work, rows, columns, target)) return undefined;
@@ -49,11 +57,12 @@ const epilogueOf = (work: Contraction, rows: Dim, columns: number, target: Targe
     read.add(index);
     return index;
   };
-  const combines = work.combines.map((o, number) => {
+  const combines = work.combines.map((o, i) => {
     const [y, ids, weights] = o.inputs.map(indexOf) as [number, number, number];
     const { first = 0, count } = o.attrs as { readonly first?: number; readonly count?: number };
     const choices = ((o.inputs[1] as Value).type as TensorType).shape[1] as number;
-    return { number, y, ids, weights, choices, first, end: count === undefined ? "INT32_MAX" : String(first + count) };
+    const end = count === undefined ? "INT32_MAX" : String(first + count);
+    return { number: i, y, ids, weights, choices, first, end, columns, whole: columns % 4 === 0 };
   });
   const { lines, spell } = elementStatements(dialect, work.rest, (v) => {
     if (v.name === sum.name) return "sum";
@@ -62,32 +71,20 @@ const epilogueOf = (work: Contraction, rows: Dim, columns: number, target: Targe
     const index = indexOf(v);
     const place = placeOf(v, rows, columns) as string;
     const apart = place === "0" || place === "row";
-    return loadElement(dialect, dtypeOf(v), apart ? `in${index}` : `read.four${index}`, apart ? place : "i");
+    return loadElement(dialect, dtypeOf(v), apart ? `in${index}` : `read.four${number}_${index}`, apart ? place : "i");
   });
-  const whole = new Set(combines.flatMap(({ y, ids, weights }) => [y, ids, weights]));
-  const inputs = [...read].sort((a, b) => a - b).map((index) => ({ index, value: work.inputs[index] as Value }));
-  const outputIndex = (v: Value | undefined): number => work.outputs.findIndex((o) => o.name === v?.name);
+  const inputs = [...read].sort((a, b) => a - b);
+  const combined = new Set(combines.flatMap(({ y, ids, weights }) => [y, ids, weights]));
+  const indexOfResult = (v: Value | undefined): number => results.findIndex((o) => o.name === v?.name);
   const written = work.outputs
-    .map((v, index) => ({ v, index }))
-    .filter(({ v }) => v.name !== quantised?.codes.name && v.name !== quantised?.scales.name);
+    .filter((v) => v.name !== quantised?.codes.name && v.name !== quantised?.scales.name)
+    .map((v) => ({ v, index: indexOfResult(v) }));
   return {
-    fields: [
-      ...inputs.map(({ index, value }) => ({
-        type: `const ${storage[dtypeOf(value)]}`,
-        name: `in${index}`,
-        index,
-        note: typeText(value.type),
-      })),
-      ...work.outputs.map((v, i) => ({
-        type: storage[dtypeOf(v)],
-        name: `out${i}`,
-        index: work.inputs.length + i,
-        note: typeText(v.type),
-      })),
-    ],
+    inputs,
     combines,
     reads: inputs
-      .filter(({ index }) => !whole.has(index))
+      .filter((index) => !combined.has(index))
+      .map((index) => ({ index, value: work.inputs[index] as Value }))
       .map(({ index, value }) => ({ index, type: storage[dtypeOf(value)], place: placeOf(value, rows, columns) as string }))
       .filter(({ place }) => place === "at" || place === "column"),
     lines: [
@@ -97,9 +94,8 @@ const epilogueOf = (work: Contraction, rows: Dim, columns: number, target: Targe
       ...(quantised === undefined ? [] : [`wanted[i] = ${spell(quantised.from)};`]),
     ],
     writes: written.map(({ v, index }) => ({ index, type: storage[dtypeOf(v)] })),
-    quantises: quantised !== undefined,
-    codes: outputIndex(quantised?.codes),
-    scales: outputIndex(quantised?.scales),
+    codes: indexOfResult(quantised?.codes),
+    scales: indexOfResult(quantised?.scales),
   };
 };
 
@@ -116,6 +112,10 @@ const leastProduct = 1 << 17;
 const mostMatrices = 384;
 /** Bytes of packed rows that a launch keeps; more rows go one part after the other. */
 const mostPackedBytes = 96 << 20;
+/** Weights of one launch: the arguments of a kernel have room for their maps. */
+const mostWeights = 4;
+/** Rows from which on results of dense contractions are quantised as they are made. */
+const leastQuantisedRows = 128;
 /** Bytes of the sums that blocks leave which share k on Ampere: most_sharing of 128 rows and columns. */
 const sharedSums = 264 * 128 * 128 * 4;
 /** Attention ranks whose rows one launch of the other side may have. */
@@ -135,70 +135,129 @@ const scratchOf = (
   return { window, bytes: packed * (128 * lines + 4 * scales + 4) + roundUp(window, 32) * 4 + (matrices + 1) * 8 };
 };
 
+/** Why contractions cannot share a launch; undefined when they can. */
+const differenceOf = (parts: readonly Contraction[]): string | undefined => {
+  const [first, ...others] = parts.map((work) => ({ op: work.contraction, operands: operandsOf(work) }));
+  if (first === undefined || parts.length > mostWeights) return `${parts.length} contractions`;
+  const about = (op: Op): string => JSON.stringify([op.kind, op.attrs.block ?? 0, op.attrs.first ?? 0]);
+  for (const { op, operands } of others) {
+    if (about(op) !== about(first.op)) return "contractions of different kinds";
+    const rows = operands.names.filter((name) => name !== "w" && name !== "ws");
+    if (rows.some((name) => operands.operand(name).name !== first.operands.operand(name).name))
+      return "contractions of different rows";
+    if (dtypeOf(operands.w) !== dtypeOf(first.operands.w)) return "contractions with different types of weights";
+  }
+  return undefined;
+};
+
 const match =
   (grouped: boolean) =>
   (op: Op, target: Target): KernelPlan | undefined => {
-    const work = contractionOf(op);
-    if (work === undefined || work.contraction.kind.includes("grouped") !== grouped) return undefined;
+    const parts = contractionsOf(op);
+    const [work] = parts ?? [];
+    if (parts === undefined || work === undefined) return undefined;
+    if (parts.some(({ contraction }) => contraction.kind.includes("grouped") !== grouped)) return undefined;
+    const difference = differenceOf(parts);
+    if (difference !== undefined) return target.decline(difference);
     const { contraction } = work;
-    const { names, operand, indexOf, x, w, result, scaled, rows, columns, inner, matrices, choices, rowPerToken } =
-      operandsOf(work);
+    const { names, operand, indexOf, x, w, scaled, rows, inner, matrices, choices, rowPerToken } = operandsOf(work);
+    const all = parts.map(operandsOf);
 
-    if (["f64", "i32", "u32", "i64", "u64"].includes(dtypeOf(w)) || dtypeOf(result) === "f64")
-      return target.decline(`${dtypeOf(x)} x ${dtypeOf(w)} contraction to ${dtypeOf(result)}: sums are f32`);
+    const strange = all.find(({ result }) => dtypeOf(result) === "f64")?.result;
+    if (["f64", "i32", "u32", "i64", "u64"].includes(dtypeOf(w)) || strange)
+      return target.decline(
+        `${dtypeOf(x)} x ${dtypeOf(w)} contraction to ${dtypeOf(strange ?? all[0]?.result ?? w)}: sums are f32`,
+      );
     const counted = rowsOf(rows);
     if (counted === undefined) return target.decline(`${rows} rows are not a multiple of the tokens`);
-    if (inner === 0 || columns === 0) return target.decline("a contraction without elements");
-    const epilogue = epilogueOf(work, rows, columns, target);
-    if (epilogue === undefined) return undefined;
+    if (inner === 0 || all.some(({ columns }) => columns === 0)) return target.decline("a contraction without elements");
+    const results = parts.length === 1 ? work.outputs : (op.body?.outputs ?? []);
+    const epilogues = parts.map((part, i) => epilogueOf(i, part, results, rows, operandsOf(part).columns, target));
+    if (!epilogues.every((e): e is Epilogue => e !== undefined)) return undefined;
 
     const block = scaled ? (contraction.attrs.block as readonly [number, number]) : undefined;
-    const isWeight = (name: string): boolean => target.isWeight?.(op.inputs[indexOf(name)] as Value) ?? true;
-    const packable = isWeight("w") && (!scaled || isWeight("ws")) && matrices <= mostMatrices;
-    const unit = packable && columns * inner >= leastProduct ? unitOf(dtypeOf(w), block, inner) : undefined;
+    const isWeight = (index: number): boolean => target.isWeight?.(op.inputs[index] as Value) ?? true;
+    const packable =
+      matrices <= mostMatrices && all.every((o) => isWeight(o.indexOf("w")) && (!scaled || isWeight(o.indexOf("ws"))));
+    const elements = all.reduce((sum, { columns }) => sum + columns * inner, 0);
+    const unit = packable && elements >= leastProduct ? unitOf(dtypeOf(w), block, inner) : undefined;
     const family = target.arch === "sm_90a" ? "hopper" : "ampere";
+    if (parts.length > 1 && (unit === undefined || family !== "hopper"))
+      return target.decline("contractions are joined where Hopper's units do them");
+
     const zeros = grouped && contraction.attrs.owned !== true;
-    if (epilogue.quantises && (unit === undefined || unit === "Int8" || family !== "hopper"))
+    const quantises = work.quantised !== undefined;
+    if (quantises && (unit === undefined || unit === "Int8" || family !== "hopper"))
       return target.decline("contractions whose results are quantised are for Hopper's units and groups of columns");
-    if (epilogue.quantises && zeros) return target.decline("quantised results of experts that are not there");
+    if (quantises && zeros) return target.decline("quantised results of experts that are not there");
 
     // on the FFN side nobody knows here how many segments a launch will have
     const most = target.symbols.find((s) => s.name === tokenSymbol)?.max ?? 1;
     const perSegment = counted.perToken ? most * counted.count : counted.count;
     const places = counted.perToken && op.place?.startsWith("ffn") ? mostSegments * perSegment : perSegment;
+    // who quantises has a group's columns, so k is not divided: there must be enough rows
+    if (quantises && !grouped && perSegment < leastQuantisedRows)
+      return target.decline(`quantised results of ${perSegment} rows, fewer than ${leastQuantisedRows}`);
     const lines = linesOf(inner, dtypeOf(w));
     const { window, bytes } = scratchOf(places, matrices, lines, unit === "E4m3" ? lines : unit === "Int8" ? 1 : 0);
 
-    // rows that copies find stay where they are
-    const stays = !grouped && (inner * dtypeBytes(dtypeOf(w))) % 16 === 0;
-
-    const operands: ContextValue[] = names.map((name) => {
-      const packed = unit !== undefined && name === "w";
-      const type = packed ? "uint8_t" : (operandTypes[name] ?? storage[dtypeOf(operand(name))]);
-      return {
-        name,
-        index: indexOf(name),
-        type: `const ${type}`,
-        note: `${typeText(operand(name).type)}${packed ? ` in ${tiles.name}` : ""}`,
-      };
+    const packed = unit !== undefined;
+    const gathered = grouped || (inner * dtypeBytes(dtypeOf(w))) % 16 !== 0;
+    const pointer = (name: string, v: Value, index: number, type: string = storage[dtypeOf(v)], note = ""): ContextValue => ({
+      name,
+      index,
+      type: `const ${type}`,
+      note: `${typeText(v.type)}${note}`,
     });
-    const about = aboutContraction(work, x, w);
+    const operands: ContextValue[] = [
+      ...names
+        .filter((name) => name !== "w" && name !== "ws")
+        .map((name) => pointer(name, operand(name), indexOf(name), operandTypes[name])),
+      ...all.flatMap((o, i) => [
+        packed ? pointer(`w${i}`, o.w, o.indexOf("w"), "uint8_t", ` in ${tiles.name}`) : pointer(`w${i}`, o.w, o.indexOf("w")),
+        ...(scaled ? [pointer(`ws${i}`, o.operand("ws"), o.indexOf("ws"), "float")] : []),
+      ]),
+    ];
+    const read = [...new Set(epilogues.flatMap((e) => e.inputs))].sort((a, b) => a - b);
+    const fields: ContextValue[] = [
+      ...read.map((index) => {
+        const v = work.inputs[index] as Value;
+        return { type: `const ${storage[dtypeOf(v)]}`, name: `in${index}`, index, note: typeText(v.type) };
+      }),
+      ...results.map((v, i) => ({
+        type: storage[dtypeOf(v)],
+        name: `out${i}`,
+        index: work.inputs.length + i,
+        note: typeText(v.type),
+      })),
+    ];
+    const about = parts.map((part, i) => aboutContraction(part, x, all[i]?.w ?? w)).join(" and ");
     return {
       context: {
         about,
-        header: unit === undefined ? "contract.cuh" : `contract_${family}.cuh`,
-        family,
+        header: packed ? `contract_${family}.cuh` : "contract.cuh",
+        hopper: packed && family === "hopper",
+        ampere: packed && family === "ampere",
         unit: unit ?? "",
-        columns,
         inner,
         group: block === undefined ? inner : Math.min(block[1], inner),
-        block: block?.[0] ?? columns,
-        whole: columns % 4 === 0,
+        block: block?.[0] ?? all[0]?.columns ?? 0,
         operands,
-        ...epilogue,
+        fields,
+        weights: all.map(({ columns }, i) => ({
+          number: i,
+          columns,
+          whole: columns % 4 === 0,
+          w: `w${i}`,
+          ws: scaled ? `ws${i}` : "nullptr",
+          groups: Math.ceil(columns / quantisedColumns),
+          quantisedColumns,
+          ...(epilogues[i] as Epilogue),
+        })),
+        combines: epilogues.flatMap((e) => (e as Epilogue).combines),
+        quantises,
         scaled,
         xs: scaled ? "xs" : "nullptr",
-        ws: scaled ? "ws" : "nullptr",
         matrices,
         perToken: counted.perToken,
         count: counted.count,
@@ -208,11 +267,9 @@ const match =
         first: (contraction.attrs.first as number | undefined) ?? 0,
         rowPerToken,
         zeros,
-        quantisedColumns,
-        groups: Math.ceil(columns / quantisedColumns),
       },
-      scratch: unit === undefined ? 0 : (stays ? 0 : bytes) + (family === "ampere" && !grouped ? sharedSums : 0),
-      layouts: unit === undefined ? {} : { [indexOf("w")]: tiles },
+      scratch: packed ? (gathered ? bytes : 0) + (family === "ampere" && !grouped ? sharedSums : 0) : 0,
+      layouts: packed ? Object.fromEntries(all.map((o) => [o.indexOf("w"), tiles])) : {},
       about,
       ...(unit === "E4m3" && family === "hopper" ? { inexact: codeSums } : {}),
     };
