@@ -10,7 +10,8 @@
 //   u32 launches, each: text kernel, u32 rows, u32 arguments, each u32 buffer
 //   u32 checks, each: u32 buffer, text dtype, u64 count, expected[count], allowed[count]: f64 for f64 and integers of 32 bits and more, else f32
 // A text is u32 bytes and the bytes. What is only written starts as 0xA5; every buffer lies between guard bytes that must survive; what is only
-// read must not change. A value is right when it differs from what is expected by at most what is allowed; where that is infinite, anything is.
+// read must not change. Every case runs with its rows in one segment, and again in several, where there is more than one: the same rows, in the same
+// places, as they come from several attention ranks. A value is right when it differs from what is expected by at most what is allowed; where that is infinite, anything is.
 #include <algorithm>
 #include <charconv>
 #include <cmath>
@@ -187,6 +188,13 @@ const std::map<std::string, Format> &formats() {
   return all;
 }
 
+/// The least number of equal parts, more than one, that so many rows can be divided into; 1 for a row alone.
+std::uint32_t segmentsOf(std::uint32_t rows) {
+  for (std::uint32_t n = 2; n <= rows; n++)
+    if (rows % n == 0) return n;
+  return 1;
+}
+
 /// One device and its queue.
 class Machine {
  public:
@@ -198,8 +206,8 @@ class Machine {
   Machine(const Machine &) = delete;
   Machine &operator=(const Machine &) = delete;
 
-  /// Runs a case; gives what is wrong, or nothing, and the worst error in units of what is allowed.
-  std::string run(const Case &c, double &worst) {
+  /// Runs a case, with its rows in one segment or in several; gives what is wrong, or nothing, and the worst error in units of what is allowed.
+  std::string run(const Case &c, bool several, double &worst) {
     std::vector<s3_span> spans;
     for (const Buffer &b : c.buffers) {
       std::vector<std::uint8_t> all(b.bytes + 2 * guard, guard_byte);
@@ -210,15 +218,17 @@ class Machine {
       spans.push_back({whole.mem, whole.off + guard, b.bytes});
     }
     for (const Launch &l : c.launches) {
+      const std::uint32_t segments = several ? segmentsOf(l.rows) : 1;
       s3_head head{};
       head.magic = S3_MAGIC;
       head.abi = S3_ABI;
-      head.rows = l.rows;
-      const s3_span heads = span(sizeof head);
-      check(device_->write(dev_, heads, &head));
+      head.rows = l.rows / segments;
+      const std::vector<s3_head> all(segments, head);
+      const s3_span heads = span(segments * sizeof head);
+      check(device_->write(dev_, heads, all.data()));
       std::vector<s3_span> args;
       for (const std::uint32_t a : l.args) args.push_back(spans[a]);
-      s3_launch launch{0, static_cast<std::uint32_t>(args.size()), args.data(), heads, 1, std::max(1u, l.rows)};
+      s3_launch launch{0, static_cast<std::uint32_t>(args.size()), args.data(), heads, segments, std::max(1u, head.rows)};
       check(device_->kernel(dev_, l.kernel.c_str(), &launch.kernel));
       s3_segment *segment = nullptr;
       s3_event done = 0;
@@ -340,7 +350,13 @@ int run(int argc, char **argv) {
     // a device of its own for every case: memory goes with it, and one that breaks does not take the others with it
     std::string wrong;
     try {
-      wrong = Machine(own ? own() : cppDevice(), places[1], options + "}").run(c, worst);
+      Machine machine(own ? own() : cppDevice(), places[1], options + "}");
+      wrong = machine.run(c, false, worst);
+      const bool more = std::any_of(c.launches.begin(), c.launches.end(), [](const Launch &l) { return l.rows > 1; });
+      if (wrong.empty() && more) {
+        wrong = machine.run(c, true, worst);
+        if (!wrong.empty()) wrong = "in several segments, " + wrong;
+      }
     } catch (const Failure &e) {
       if (e.code == exit_input) throw;
       wrong = e.what();

@@ -13,13 +13,16 @@ import { buildSelftest } from "./runtime/build.ts";
 const ops = ["rms_norm", "softmax", "scaled_linear", "topk", "kv_append", "attention"];
 let selftest: string;
 let library: string;
+let program: ReadonlyMap<string, string>;
 let cases: Uint8Array;
 let folder: string;
 
-const run = (bytes: Uint8Array, ...flags: string[]): { status: number | null; out: string; err: string } => {
+const run = (bytes: Uint8Array, ...flags: string[]): ReturnType<typeof runOn> => runOn(library, bytes, ...flags);
+
+const runOn = (program: string, bytes: Uint8Array, ...flags: string[]): { status: number | null; out: string; err: string } => {
   const file = join(folder, "cases");
   writeFileSync(file, bytes);
-  const { status, stdout, stderr } = spawnSync(selftest, [file, library, ...flags], { encoding: "utf8" });
+  const { status, stdout, stderr } = spawnSync(selftest, [file, program, ...flags], { encoding: "utf8" });
   return { status, out: stdout, err: stderr };
 };
 
@@ -28,7 +31,8 @@ beforeAll(() => {
   selftest = buildSelftest();
   const report = checkBackend(cpp, {
     only: ops,
-    pack: (program, file) => {
+    pack: (files, file) => {
+      program = files;
       library = buildProgram(program, ["-DS3_ISAS=avx2"]);
       cases = file;
     },
@@ -65,6 +69,16 @@ test("one wrong expectation fails, and is named", () => {
   const { status, out } = run(changed);
   expect(out).toMatch(/^WRONG attention 'int8 cache' .*instead of 12345/m);
   expect(out).toMatch(/passed, 1 failed\n$/);
+  expect(status).toBe(3);
+});
+
+test("kernels that see only the rows of the first segment fail where there are several", () => {
+  const header = program.get("contract.h") as string;
+  const blind = header.replace("return per_token ? c->segments : 1;", "return 1;");
+  expect(blind).not.toBe(header);
+  const { status, out } = runOn(buildProgram(new Map([...program, ["contract.h", blind]]), ["-DS3_ISAS=avx2"]), cases);
+  expect(out).toMatch(/^WRONG scaled_linear '[^\n]*: in several segments, value /m);
+  expect(out).not.toMatch(/^WRONG rms_norm/m);
   expect(status).toBe(3);
 });
 
