@@ -124,6 +124,7 @@ const match =
         choices,
         first: (contraction.attrs.first as number | undefined) ?? 0,
         rowPerToken,
+        zeros: contraction.attrs.owned !== true,
       },
       scratch: widened + (isWeight ? 0 : matrices * layout.bytes(columns, inner, dtypeOf(w))),
       layouts: isWeight ? { [indexOf("w")]: layout } : {},
