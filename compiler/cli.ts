@@ -182,8 +182,8 @@ program
 
 program
   .command("inspect")
-  .description("say what a bundle or a graph holds")
-  .argument("<bundle | graph>")
+  .description("say what a bundle, a graph (file.step3) or an ONNX model holds")
+  .argument("<bundle | graph | model.onnx>")
   .action(async (path: string) => {
     const { inspect } = await import("./inspect.ts");
     process.stdout.write(inspect(path));

@@ -4,9 +4,11 @@ import type { Graph } from "../ir/graph.ts";
 import { parseGraph } from "../ir/parse.ts";
 import { typeText } from "../ir/type.ts";
 import { readManifest } from "./bundle.ts";
+import { printable } from "./frontends/json.ts";
+import { type OnnxGraph, type OnnxModel, type OnnxType, readOnnx } from "./frontends/onnx.ts";
 import { qualificationLines } from "./qualification.ts";
 
-/** Says in a few lines what a bundle, or a graph in its textual form, holds. */
+/** Says in a few lines what a bundle, a graph in its textual form, or an ONNX model holds. */
 export const inspect = (path: string): string => {
   let directory: boolean;
   try {
@@ -14,7 +16,8 @@ export const inspect = (path: string): string => {
   } catch (error) {
     throw new UserError(`${path}: ${(error as Error).message}`);
   }
-  return directory ? inspectBundle(path) : inspectGraph(parseGraph(readFileSync(path, "utf8"), path));
+  if (directory) return inspectBundle(path);
+  return path.endsWith(".onnx") ? inspectOnnx(readOnnx(path)) : inspectGraph(parseGraph(readFileSync(path, "utf8"), path));
 };
 
 const mib = (bytes: number): string => `${(bytes / 2 ** 20).toFixed(1).padStart(10)}`;
@@ -49,4 +52,37 @@ const inspectGraph = (graph: Graph): string => {
     ...[...counts].sort(([a], [b]) => (a < b ? -1 : 1)).map(([key, count]) => `${String(count).padStart(6)} ${key}`),
   ];
   return `${lines.join("\n")}\n`;
+};
+
+const onnxType = ({ kind, dtype, shape }: OnnxType): string => {
+  const dims = shape === undefined ? "[...]" : `[${shape.map((d) => d ?? "?").join(",")}]`;
+  return `${kind === "tensor" ? "" : kind}${dtype === undefined ? "" : `${kind === "tensor" ? "" : " "}${dtype}${dims}`}`;
+};
+
+/** A graph and those within its nodes. */
+const graphsOf = (graph: OnnxGraph): readonly OnnxGraph[] => [
+  graph,
+  ...graph.nodes.flatMap((n) => [...n.attributes.values()].flatMap((a) => (a.kind === "graph" ? graphsOf(a.value) : []))),
+];
+
+const inspectOnnx = (model: OnnxModel): string => {
+  const graphs = graphsOf(model.graph);
+  const nodes = graphs.flatMap((g) => g.nodes);
+  const weights = graphs.flatMap((g) => [...g.initialisers.values()]);
+  const counts = new Map<string, number>();
+  for (const { op, domain } of nodes) {
+    const key = domain === "" ? op : `${domain}.${op}`;
+    counts.set(key, (counts.get(key) ?? 0) + 1);
+  }
+  const named = nodes.filter((n) => n.metadata.size > 0).length;
+  const fed = model.graph.inputs.filter((v) => !model.graph.initialisers.has(v.name));
+  const lines = [
+    `onnx ${model.graph.name}: IR ${model.ir}, ${[...model.opsets].map(([domain, v]) => `${domain === "" ? "opset" : domain} ${v}`).join(", ")}${model.producer === "" ? "" : `, made by ${model.producer}`}`,
+    `${nodes.length} nodes${graphs.length > 1 ? ` in ${graphs.length} graphs` : ""}, ${named} with metadata; ${weights.length} initializers of ${mib(weights.reduce((n, w) => n + w.size, 0)).trim()} MiB; ${model.functions.length} functions`,
+    ...fed.map((v) => `input ${v.name} ${onnxType(v.type)}`),
+    ...model.graph.outputs.map((v) => `output ${v.name} ${onnxType(v.type)}`),
+    ...[...counts].sort(([a], [b]) => (a < b ? -1 : 1)).map(([key, count]) => `${String(count).padStart(6)} ${key}`),
+    ...model.unread.map((place) => `not read: ${place}`),
+  ];
+  return `${lines.map((line) => printable(line)).join("\n")}\n`;
 };

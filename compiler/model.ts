@@ -53,7 +53,9 @@ export const readModel = (path: string, options: ModelOptions, layout: (type: Kv
 
 const readCheckpoint = (path: string, options: ModelOptions, layout: (type: KvType) => KvLayout, maxRows: number): Model => {
   if (path.endsWith(".onnx"))
-    throw new UserError(`${path}: ONNX models cannot be read yet; give a Step-3 checkpoint directory or a file.step3`);
+    throw new UserError(
+      `${path}: ONNX models can be inspected (step3c inspect), but not compiled yet; give a Step-3 checkpoint directory or a file.step3`,
+    );
   const model = readStep3(path, { weights: options.weights });
   try {
     const { kvHeads, headDim, maxPosition } = model.config;

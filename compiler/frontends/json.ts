@@ -94,9 +94,14 @@ export const parseJson = (text: string, where: string, mend: string): Json => {
 
 export const isObject = (value: Json | undefined): value is JsonObject => value instanceof Map;
 
-/** A name or value from a file as it may appear in a message: one line, no control characters, not endless. */
+/** What a file holds as it may appear in a message: one line, no control characters, not endless. */
+export const printable = (text: string, longest: number = 160): string => {
+  const line = text.replace(/[^\x20-\x7e\u00a0-\ud7ff\ue000-\ufffd]/g, "?");
+  return line.length > longest ? `${line.slice(0, longest - 3)}...` : line;
+};
+
+/** A name or value from a file, likewise. */
 export const shown = (value: Json | undefined): string => {
   const text = isObject(value) ? "an object" : (JSON.stringify(value) ?? "nothing");
-  const printable = text.replace(/[^\x20-\x7e\u00a0-\ud7ff\ue000-\ufffd]/g, "?");
-  return printable.length > 160 ? `${printable.slice(0, 157)}...` : printable;
+  return printable(text);
 };
