@@ -36,12 +36,17 @@ class Growing {
   constructor(kind: Scalar) {
     this.array = kind === "int64" ? new BigInt64Array(16) : kind === "uint64" ? new BigUint64Array(16) : new Float64Array(16);
   }
+  /** Makes room for `n` more. */
+  reserve(n: number): void {
+    if (this.count + n <= this.array.length) return;
+    const more = new (this.array.constructor as new (n: number) => Numbers)(
+      Math.max(this.count + n, n === 1 ? 2 * this.count : 0),
+    );
+    (more as Float64Array).set(this.array as Float64Array);
+    this.array = more;
+  }
   push(value: Field): void {
-    if (this.count === this.array.length) {
-      const more = new (this.array.constructor as new (n: number) => Numbers)(2 * this.count);
-      (more as Float64Array).set(this.array as Float64Array);
-      this.array = more;
-    }
+    this.reserve(1);
     this.array[this.count++] = value as never;
   }
   all(): Numbers {
@@ -119,6 +124,13 @@ export const decodeMessage = (bytes: Uint8Array, messages: Messages, root: strin
       }
     }
   };
+  /** Numbers in the bytes up to `end`. */
+  const elements = (kind: Scalar, end: number): number => {
+    if (wireOf[kind] !== 0) return Math.floor((end - at) / (kind === "float" ? 4 : 8));
+    let n = 0;
+    for (let i = at; i < end; i++) if ((bytes[i] as number) < 0x80) n++;
+    return n;
+  };
   const skip = (wire: number, end: number): void => {
     if (wire === 0) varint(end);
     else if (wire === 1 || wire === 5) {
@@ -183,6 +195,7 @@ export const decodeMessage = (bytes: Uint8Array, messages: Messages, root: strin
     } else if (wire === wireOf[kind]) add(scalar(kind, here.end));
     else if (wire === 2 && repeated && wireOf[kind] !== 2) {
       const end = length(here.end) + at;
+      if (list === undefined) growing().reserve(elements(kind, end));
       while (at < end) add(scalar(kind, end));
     } else fail(`${kind} has wire type ${wire} instead of ${wireOf[kind]}`);
   }
