@@ -157,6 +157,23 @@ test("fields that older readers drop are kept, and those that nobody knows are t
   expect(m.unread).toEqual(["graph.node.field 10", "field 99"]);
 });
 
+test("a message in two parts is one: its lists go on, its last value counts", () => {
+  const part = (t: onnx.ITensorProto): Uint8Array => field(5, TensorProto.encode(t).finish());
+  const attribute = joined(
+    onnx.AttributeProto.encode({ name: "t", type: 4 }).finish(),
+    part({ dims: [2], dataType: 6, int32Data: [1, 2] }),
+    part({ dims: [2], dataType: 7, int64Data: [3, 4, 5, 6] }),
+  );
+  const node = joined(onnx.NodeProto.encode(relu("x", "y")).finish(), field(5, attribute));
+  const graph = joined(onnx.GraphProto.encode(chain({ node: [] })).finish(), field(1, node));
+  const decoded = onnx.ModelProto.decode(joined(onnx.ModelProto.encode({ irVersion: 8 }).finish(), field(7, graph)));
+  expect(decoded.graph?.node?.[0]?.attribute?.[0]?.t?.dataType).toBe(7);
+  const m = read(joined(onnx.ModelProto.encode({ irVersion: 8 }).finish(), field(7, graph)));
+  const t = m.graph.nodes[0]?.attributes.get("t")?.value as OnnxTensor;
+  expect([t.dtype, t.shape]).toEqual(["i64", [2, 2]]);
+  expect(t.bytes()).toEqual(new Uint8Array(BigInt64Array.of(3n, 4n, 5n, 6n).buffer));
+});
+
 /** Subgraphs within subgraphs. */
 const nested = (depth: number): Uint8Array => {
   const node = onnx.NodeProto.encode({ opType: "Loop" }).finish();
@@ -206,6 +223,7 @@ test("whatever is wrong gets a line that names node and field", () => {
     [modelOf(chain({ input: [{ name: "x" }, { name: "x" }] })), "graph.input[1]: 'x' is there twice"],
     [w({ rawData: new Uint8Array(7) }), "graph.initializer[0] 'w': 7 bytes of data where its shape and type have 8"],
     [w({ floatData: [1] }), "graph.initializer[0] 'w': 4 bytes of data where its shape and type have 8"],
+    [w({ doubleData: [1, 2] }), "graph.initializer[0] 'w': 0 bytes of data where its shape and type have 8"],
     [w({}, [-2]), "graph.initializer[0] 'w': a dimension of -2"],
     [w({}, [2 ** 31, 2 ** 31, 2 ** 31]), "are more than 2^40 elements"],
     [modelOf(chain({ initializer: [ofNumbers("w", 99, [1], {})] })), "graph.initializer[0] 'w': data type 99 is none of ONNX's"],

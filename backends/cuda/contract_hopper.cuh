@@ -322,7 +322,7 @@ struct Multiplier {
     const int32_t first = (item.tile - p.w[which].first) * tile_columns;
     return {which, first, p.w[which].columns - first};
   }
-  /// Columns of a block that four sums are of, and those of them that there are; not positive: none.
+  /// How many of the four columns from `column` of the block on there are; none when it is not positive.
   __device__ __forceinline__ int count_of(const Columns &columns, int32_t column) const { return min(4, columns.count - column); }
   /// What is read beside four sums of a row; nothing of rows and columns that are not there.
   __device__ __forceinline__ Beside beside(const Columns &columns, int32_t target, const Row &row, int32_t column) const {
@@ -350,11 +350,11 @@ struct Multiplier {
     finish(columns.which, row, int64_t{columns.first + column}, scaled, read, count);
   }
 
-  /// Lanes of a pair exchange halves of sums 4j .. 4j + 7 of a set, so that each has four neighbouring columns of both of its rows, and the four lanes
-  /// of a row have sixteen.
   struct Eight {
     Four<Sum> sums[2]; // of the upper and the lower row
   };
+  /// Lanes of a pair exchange halves of sums 4j .. 4j + 7 of a set, so that each has four neighbouring columns of both of its rows, and the four lanes
+  /// of a row have sixteen.
   __device__ __forceinline__ Eight exchange(const Sum *own) const {
     const bool second = thread % 2 != 0;
     const auto other = [&](Sum of_first, Sum of_second) { return __shfl_xor_sync(0xFFFFFFFFu, second ? of_second : of_first, 1); };
@@ -391,7 +391,7 @@ struct Multiplier {
     };
 #pragma unroll 1
     for (int eight = 0; eight < 2 * sets<Blocks>; ++eight) {
-      const int32_t row_of_eight = item.row + (halves ? eight / 2 : half * sets<Blocks> + eight / 2) * block_rows + warp * 16 + eight % 2 * 8;
+      const int32_t row_of_eight = item.row + block_of<Blocks>(eight / 2) * block_rows + warp * 16 + eight % 2 * 8;
 #pragma unroll 1
       for (int part = 0; part < 8 / staged_rows; ++part) {
         const int32_t first_row = row_of_eight + part * staged_rows;

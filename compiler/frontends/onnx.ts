@@ -2,7 +2,7 @@
  * Models of the ONNX format (onnx.proto of IR version 13): what a file says, checked for what any use of it needs. Operators are not looked at
  * here. Numbers of fields and data types are those of onnx.proto.
  */
-import { closeSync, fstatSync, openSync, readFileSync, readSync } from "node:fs";
+import { closeSync, fstatSync, openSync, readFileSync, readSync, statSync } from "node:fs";
 import { dirname, isAbsolute, join, normalize } from "node:path";
 import { UserError } from "../../ir/error.ts";
 import { printable } from "./json.ts";
@@ -225,6 +225,7 @@ export interface OnnxModel {
   readonly unread: readonly string[];
 }
 
+const mend = "the file is damaged, or holds something else: export the model again";
 const newestIr = 13;
 const mostElements = 2 ** 40;
 
@@ -297,7 +298,7 @@ class Reader {
   private outside(m: Message, size: number, where: string): Outside {
     const facts = entriesOf(m, "external_data");
     const location = facts.get("location") ?? "";
-    if (location === "" || isAbsolute(location) || normalize(location).startsWith(".."))
+    if (location === "" || isAbsolute(location) || /^\.\.(\/|$)/.test(normalize(location)))
       this.fail(where, `external data at '${location}', which is not beside the model`);
     const number = (key: string, otherwise: number): number => {
       const given = facts.get(key);
@@ -313,6 +314,7 @@ class Reader {
   private read({ path, offset, size }: Outside, where: string): Uint8Array {
     let fd: number | undefined;
     try {
+      if (!statSync(path).isFile()) this.fail(where, `${path} is not a file`);
       fd = openSync(path, "r");
       const there = fstatSync(fd).size;
       if (offset + size > there) this.fail(where, `its bytes end at ${offset + size} of ${path}, which has ${there}`);
@@ -515,27 +517,27 @@ interface Outside {
   readonly size: number;
 }
 
-/** Fields of TensorProto that hold elements as numbers; smaller types are in int32_data by their bits, packed bytes of less than 8 bits too. */
+type Make = (numbers: Numbers) => ArrayBufferView;
+const plain = (numbers: Numbers): Float64Array => Float64Array.from(numbers as Float64Array, Number);
+/** The field of TensorProto that holds elements of a type as numbers: most are in int32_data by their bits, and so are packed bytes of less than 8 bits. */
+const numbersOf: Readonly<Record<string, readonly [field: string, make: Make]>> = {
+  f32: ["float_data", (x) => Float32Array.from(plain(x))],
+  complex64: ["float_data", (x) => Float32Array.from(plain(x))],
+  f64: ["double_data", plain],
+  complex128: ["double_data", plain],
+  i64: ["int64_data", (x) => BigInt64Array.from(x as BigInt64Array)],
+  u64: ["uint64_data", (x) => BigUint64Array.from(x as BigUint64Array)],
+  u32: ["uint64_data", (x) => Uint32Array.from(plain(x))],
+  i32: ["int32_data", (x) => Int32Array.from(plain(x))],
+  ...Object.fromEntries(
+    ["i16", "u16", "f16", "bf16"].map((t) => [t, ["int32_data", (x: Numbers) => Uint16Array.from(plain(x))]]),
+  ),
+};
 const bytesOfNumbers = (m: Message, dtype: string): Uint8Array | undefined => {
-  const found = (["float_data", "double_data", "int64_data", "uint64_data", "int32_data"] as const).find((f) => m.has(f));
-  if (found === undefined) return undefined;
-  const numbers = m.get(found) as Numbers;
-  const plain = (): Float64Array => Float64Array.from(numbers as Float64Array, Number);
-  const arrays: Readonly<Record<string, () => ArrayBufferView>> = {
-    f32: () => Float32Array.from(plain()),
-    complex64: () => Float32Array.from(plain()),
-    f64: plain,
-    complex128: plain,
-    i64: () => BigInt64Array.from(numbers as BigInt64Array),
-    u64: () => BigUint64Array.from(numbers as BigUint64Array),
-    u32: () => Uint32Array.from(plain()),
-    i32: () => Int32Array.from(plain()),
-    i16: () => Int16Array.from(plain()),
-    u16: () => Uint16Array.from(plain()),
-    f16: () => Uint16Array.from(plain()),
-    bf16: () => Uint16Array.from(plain()),
-  };
-  const array = (arrays[dtype] ?? (() => Uint8Array.from(plain())))();
+  const [field, make] = numbersOf[dtype] ?? ["int32_data", (x: Numbers) => Uint8Array.from(plain(x))];
+  const numbers = m.get(field) as Numbers | undefined;
+  if (numbers === undefined) return undefined;
+  const array = make(numbers);
   return new Uint8Array(array.buffer, array.byteOffset, array.byteLength);
 };
 
@@ -552,12 +554,12 @@ export const readOnnx = (path: string): OnnxModel => {
 
 /** The same of bytes; `path` names them in errors, and external data lies beside it. */
 export const readOnnxBytes = (bytes: Uint8Array, path: string): OnnxModel => {
-  const { message, unknown } = decodeMessage(bytes, messages, "ModelProto", path);
+  const { message, unknown } = decodeMessage(bytes, messages, "ModelProto", path, mend);
   return new Reader(path).model(message, unknown);
 };
 
 /** A tensor in a file of its own, as test data of the ONNX project are. */
 export const readOnnxTensor = (bytes: Uint8Array, path: string): OnnxTensor => {
-  const { message } = decodeMessage(bytes, messages, "TensorProto", path);
+  const { message } = decodeMessage(bytes, messages, "TensorProto", path, mend);
   return new Reader(path).tensor(message, "tensor");
 };

@@ -60,21 +60,23 @@ interface Open {
   readonly place: string;
   readonly end: number;
   readonly fields: Map<string, Field>;
-  readonly growing: Map<string, Growing>;
 }
 
-/** Reads the bytes of a message of kind `root`; views of bytes share their memory. Throws a UserError that names file and field. */
-export const decodeMessage = (bytes: Uint8Array, messages: Messages, root: string, file: string): Decoded => {
+/**
+ * Reads the bytes of a message of kind `root`; views of bytes share their memory. Throws a UserError that names file and field; `mend` says what
+ * to do about a damaged file.
+ */
+export const decodeMessage = (bytes: Uint8Array, messages: Messages, root: string, file: string, mend: string): Decoded => {
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
   const utf8 = new TextDecoder("utf-8", { fatal: true });
   const unknown = new Set<string>();
+  // by message, since one that is there twice goes on where it ended
+  const grown = new Map<Map<string, Field>, Map<string, Growing>>();
   let at = 0;
   let place = "";
 
   const fail = (what: string): never => {
-    throw new UserError(
-      `${file}: ${place === "" ? "" : `${place}: `}${what} (byte ${at}); the file is damaged, or no ONNX model: export it again`,
-    );
+    throw new UserError(`${file}: ${place === "" ? "" : `${place}: `}${what} (byte ${at}); ${mend}`);
   };
   const need = (n: number, end: number): void => {
     if (n > end - at) fail(`${n} bytes are announced where ${end - at} are left`);
@@ -142,12 +144,12 @@ export const decodeMessage = (bytes: Uint8Array, messages: Messages, root: strin
     } else fail(`a field of wire type ${wire}`);
   };
 
-  const open: Open[] = [{ kind: root, place: "", end: bytes.length, fields: new Map(), growing: new Map() }];
+  const open: Open[] = [{ kind: root, place: "", end: bytes.length, fields: new Map() }];
   for (;;) {
     const here = open[open.length - 1] as Open;
     place = here.place;
     if (at === here.end) {
-      for (const [name, numbers] of here.growing) here.fields.set(name, numbers.all());
+      for (const [name, numbers] of grown.get(here.fields) ?? []) here.fields.set(name, numbers.all());
       if (open.length === 1) return { message: here.fields, unknown: [...unknown] };
       open.pop();
       continue;
@@ -176,11 +178,10 @@ export const decodeMessage = (bytes: Uint8Array, messages: Messages, root: strin
       else here.fields.set(name, value);
     };
     const growing = (): Growing => {
-      let numbers = here.growing.get(name);
-      if (numbers === undefined) {
-        numbers = new Growing(kind as Scalar);
-        here.growing.set(name, numbers);
-      }
+      const all = grown.get(here.fields) ?? new Map<string, Growing>();
+      grown.set(here.fields, all);
+      const numbers = all.get(name) ?? new Growing(kind as Scalar);
+      all.set(name, numbers);
       return numbers;
     };
     if (!isScalar(kind)) {
@@ -191,7 +192,7 @@ export const decodeMessage = (bytes: Uint8Array, messages: Messages, root: strin
       const before = list === undefined ? here.fields.get(name) : undefined;
       const fields = (before as Map<string, Field> | undefined) ?? new Map<string, Field>();
       add(fields);
-      open.push({ kind, place, end, fields, growing: new Map() });
+      open.push({ kind, place, end, fields });
     } else if (wire === wireOf[kind]) add(scalar(kind, here.end));
     else if (wire === 2 && repeated && wireOf[kind] !== 2) {
       const end = length(here.end) + at;
