@@ -205,6 +205,16 @@ S3_INLINE float ceil_of(float x) {
   return pick(n < x, with_sign(n + 1.0f, as_bits(x)), n);
 }
 
+S3_INLINE float trunc_of(float x) { return with_sign(floor_of(magnitude(x)), as_bits(x)); }
+
+/* of integers, in two's complement */
+S3_INLINE double bits_of_both(double x, double y) { return (double)((int64_t)x & (int64_t)y); }
+S3_INLINE double bits_of_either(double x, double y) { return (double)((int64_t)x | (int64_t)y); }
+S3_INLINE double bits_that_differ(double x, double y) { return (double)((int64_t)x ^ (int64_t)y); }
+S3_INLINE float bits_of_both(float x, float y) { return (float)((int32_t)x & (int32_t)y); }
+S3_INLINE float bits_of_either(float x, float y) { return (float)((int32_t)x | (int32_t)y); }
+S3_INLINE float bits_that_differ(float x, float y) { return (float)((int32_t)x ^ (int32_t)y); }
+
 /* 2^n for n in -252..254, as two factors: the product underflows and overflows as it should */
 S3_INLINE float times_power_of_two(float x, int32_t n) {
   const int32_t half = n >> 1;
@@ -296,12 +306,33 @@ S3_INLINE float error_function(float x) {
 S3_INLINE float sine(float x) { return (float)S3_C(sin)((double)x); }
 S3_INLINE float cosine(float x) { return (float)S3_C(cos)((double)x); }
 S3_INLINE float power(float x, float y) { return (float)S3_C(pow)((double)x, (double)y); }
+S3_INLINE float tangent(float x) { return (float)S3_C(tan)((double)x); }
+S3_INLINE float arc_sine(float x) { return (float)S3_C(asin)((double)x); }
+S3_INLINE float arc_cosine(float x) { return (float)S3_C(acos)((double)x); }
+S3_INLINE float arc_tangent(float x) { return (float)S3_C(atan)((double)x); }
+S3_INLINE float hyperbolic_sine(float x) { return (float)S3_C(sinh)((double)x); }
+S3_INLINE float hyperbolic_cosine(float x) { return (float)S3_C(cosh)((double)x); }
+S3_INLINE float area_sine(float x) { return (float)S3_C(asinh)((double)x); }
+S3_INLINE float area_cosine(float x) { return (float)S3_C(acosh)((double)x); }
+S3_INLINE float area_tangent(float x) { return (float)S3_C(atanh)((double)x); }
+S3_INLINE float remainder_of(float x, float y) { return (float)S3_C(fmod)((double)x, (double)y); }
 S3_INLINE double sine(double x) { return S3_C(sin)(x); }
 S3_INLINE double cosine(double x) { return S3_C(cos)(x); }
+S3_INLINE double tangent(double x) { return S3_C(tan)(x); }
+S3_INLINE double arc_sine(double x) { return S3_C(asin)(x); }
+S3_INLINE double arc_cosine(double x) { return S3_C(acos)(x); }
+S3_INLINE double arc_tangent(double x) { return S3_C(atan)(x); }
+S3_INLINE double hyperbolic_sine(double x) { return S3_C(sinh)(x); }
+S3_INLINE double hyperbolic_cosine(double x) { return S3_C(cosh)(x); }
+S3_INLINE double area_sine(double x) { return S3_C(asinh)(x); }
+S3_INLINE double area_cosine(double x) { return S3_C(acosh)(x); }
+S3_INLINE double area_tangent(double x) { return S3_C(atanh)(x); }
+S3_INLINE double remainder_of(double x, double y) { return S3_C(fmod)(x, y); }
 S3_INLINE double power(double x, double y) { return S3_C(pow)(x, y); }
 S3_INLINE double nearest(double x) { return S3_C(fabs)(x) < 0x1p51 ? S3_C(copysign)(S3_C(fabs)(x) + 0x1.8p52 - 0x1.8p52, x) : x; }
 S3_INLINE double floor_of(double x) { return S3_C(floor)(x); }
 S3_INLINE double ceil_of(double x) { return S3_C(ceil)(x); }
+S3_INLINE double trunc_of(double x) { return S3_C(trunc)(x); }
 S3_INLINE double exponential_of(double x) { return S3_C(exp)(x); }
 S3_INLINE double logarithm_of(double x) { return S3_C(log)(x); }
 S3_INLINE double hyperbolic_tangent(double x) { return S3_C(tanh)(x); }

@@ -38,8 +38,18 @@ const unary: Readonly<Record<UnaryScalar, (x: number) => number>> = {
   erf,
   sin: Math.sin,
   cos: Math.cos,
+  tan: Math.tan,
+  asin: Math.asin,
+  acos: Math.acos,
+  atan: Math.atan,
+  sinh: Math.sinh,
+  cosh: Math.cosh,
+  asinh: Math.asinh,
+  acosh: Math.acosh,
+  atanh: Math.atanh,
   floor: Math.floor,
   ceil: Math.ceil,
+  trunc: Math.trunc,
   nearest: nearestEven,
   not: (x) => (x === 0 ? 1 : 0),
 };
@@ -49,6 +59,7 @@ const binary: Readonly<Record<BinaryScalar, (x: number, y: number) => number>> =
   sub: (x, y) => x - y,
   mul: (x, y) => x * y,
   div: (x, y) => x / y,
+  fmod: (x, y) => x % y,
   min: Math.min,
   max: Math.max,
   // IEEE: 1 to any power is 1, and so is -1 to an infinite one; JavaScript gives NaN
@@ -58,6 +69,9 @@ const binary: Readonly<Record<BinaryScalar, (x: number, y: number) => number>> =
   eq: (x, y) => (x === y ? 1 : 0),
   and: (x, y) => (x !== 0 && y !== 0 ? 1 : 0),
   or: (x, y) => (x !== 0 || y !== 0 ? 1 : 0),
+  bit_and: (x, y) => Number(BigInt(x) & BigInt(y)),
+  bit_or: (x, y) => Number(BigInt(x) | BigInt(y)),
+  bit_xor: (x, y) => Number(BigInt(x) ^ BigInt(y)),
 };
 
 /** A function of the values of the arguments. */
@@ -90,8 +104,18 @@ export const compileScalar = (s: Scalar): ((args: ArrayLike<number>) => number) 
     case "erf":
     case "sin":
     case "cos":
+    case "tan":
+    case "asin":
+    case "acos":
+    case "atan":
+    case "sinh":
+    case "cosh":
+    case "asinh":
+    case "acosh":
+    case "atanh":
     case "floor":
     case "ceil":
+    case "trunc":
     case "nearest":
     case "not": {
       const x = compileScalar(s.x);

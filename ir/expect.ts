@@ -3,7 +3,7 @@
  * the caller (`inferTypes`) puts the op's name in front.
  */
 import type { Attrs } from "./attr.ts";
-import { type Dim, dimText } from "./dim.ts";
+import { type Dim, dimText, parseDim } from "./dim.ts";
 import { UserError } from "./error.ts";
 import { type DType, dtypes, type KvType, type TensorType, type Type, typeText } from "./type.ts";
 
@@ -64,6 +64,37 @@ export const real = (attrs: Attrs, name: string, otherwise?: number): number => 
 export const int = (attrs: Attrs, name: string, min: number, otherwise?: number): number => {
   const v = real(attrs, name, otherwise);
   return Number.isSafeInteger(v) && v >= min ? v : fail(`attribute '${name}' must be an integer of at least ${min}, got ${v}`);
+};
+
+/** An integer of any sign. */
+export const integer = (attrs: Attrs, name: string, otherwise?: number): number => {
+  const v = real(attrs, name, otherwise);
+  return Number.isSafeInteger(v) ? v : fail(`attribute '${name}' must be an integer, got ${v}`);
+};
+
+export const ints = (attrs: Attrs, name: string): readonly number[] => {
+  const v = attrs[name] ?? missing(name);
+  return Array.isArray(v) && v.every(Number.isSafeInteger)
+    ? (v as readonly number[])
+    : fail(`attribute '${name}' must be integers, got ${JSON.stringify(v)}`);
+};
+
+/** Dims: numbers of at least 0, or texts of expressions over symbols. */
+export const dims = (attrs: Attrs, name: string): readonly Dim[] => {
+  const v = attrs[name] ?? missing(name);
+  if (!Array.isArray(v)) return fail(`attribute '${name}' must be a list of dims, got ${JSON.stringify(v)}`);
+  return v.map((d: number | string) => {
+    const dim = typeof d === "string" ? parseDim(d) : d;
+    return typeof dim === "number" && !(Number.isSafeInteger(dim) && dim >= 0)
+      ? fail(`attribute '${name}' must be dims of at least 0, got ${dim}`)
+      : dim;
+  });
+};
+
+/** An axis that the tensor has, from 0. */
+export const axis = (attrs: Attrs, name: string, t: { readonly shape: readonly Dim[] }): number => {
+  const v = int(attrs, name, 0);
+  return v < t.shape.length ? v : fail(`attribute '${name}' is ${v}, and the tensor has ${t.shape.length} axes`);
 };
 
 export const flag = (attrs: Attrs, name: string, otherwise: boolean): boolean => {

@@ -11,15 +11,42 @@ export type UnaryScalar =
   | "erf"
   | "sin"
   | "cos"
+  | "tan"
+  | "asin"
+  | "acos"
+  | "atan"
+  | "sinh"
+  | "cosh"
+  | "asinh"
+  | "acosh"
+  | "atanh"
   | "floor"
   | "ceil"
+  | "trunc"
   | "nearest"
   | "not";
-export type BinaryScalar = "add" | "sub" | "mul" | "div" | "min" | "max" | "pow" | "lt" | "le" | "eq" | "and" | "or";
+export type BinaryScalar =
+  | "add"
+  | "sub"
+  | "mul"
+  | "div"
+  | "fmod"
+  | "min"
+  | "max"
+  | "pow"
+  | "lt"
+  | "le"
+  | "eq"
+  | "and"
+  | "or"
+  | "bit_and"
+  | "bit_or"
+  | "bit_xor";
 
 /**
  * The arithmetic of one element. Fusible ops are made of these; one renderer spells them for every target.
  * Comparisons give 1 or 0. `nearest` rounds to an integer, ties to even. `min` and `max` give NaN when an operand is NaN.
+ * `fmod` is what is left of x when y is taken away as often as it fits, with x's sign. Bit operations are on integers in two's complement.
  * `round` converts to a dtype and back: the only place where precision is lost.
  */
 export type Scalar =

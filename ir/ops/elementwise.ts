@@ -7,10 +7,11 @@ import type { Knowledge, Sample } from "../op.ts";
 import { rounder } from "../round.ts";
 import { arg, bin, lit, type Scalar, un } from "../scalar.ts";
 import type { Tensor } from "../tensor.ts";
-import { type DType, dtypes, isFloat, type TensorType, tensor } from "../type.ts";
+import { type DType, dtypeBytes, dtypes, isFloat, type TensorType, tensor } from "../type.ts";
 
 const numbers: readonly DType[] = dtypes.filter((d) => d !== "bool");
 const floats: readonly DType[] = dtypes.filter(isFloat);
+const integers: readonly DType[] = numbers.filter((d) => !isFloat(d));
 
 interface Row {
   readonly name: string;
@@ -42,7 +43,7 @@ const substitute = (s: Scalar, args: readonly Scalar[]): Scalar => {
   return { op: s.op, x: substitute(s.x, args) };
 };
 
-const unary = (name: string, formula: string, body: Scalar, draw?: "positive"): Row => ({
+const unary = (name: string, formula: string, body: Scalar, draw?: "positive" | "unit"): Row => ({
   name,
   summary: `${formula}, elementwise; x any shape, float`,
   inputs: ["x"],
@@ -89,6 +90,11 @@ const logic = (name: string, formula: string, body: Scalar, inputs: readonly str
   sampleDtypes: ["bool"],
 });
 
+const bits = (name: string, formula: string, op: "bit_and" | "bit_or" | "bit_xor"): Row => ({
+  ...binary(name, formula, bin(op, x, y), integers, ["i32", "u8", "i64"], [{ below: 100 }, { below: 100 }]),
+  summary: `${formula}, elementwise with broadcasting; integers, to 2^53`,
+});
+
 const half = lit(0.5);
 const one = lit(1);
 const sigmoid = bin("div", one, bin("add", one, un("exp", un("neg", x))));
@@ -97,6 +103,19 @@ const geluErf = bin("mul", bin("mul", half, x), bin("add", one, un("erf", bin("m
 /** 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), Hendrycks and Gimpel 2016 */
 const cubic = bin("add", x, bin("mul", lit(0.044715), bin("mul", x, bin("mul", x, x))));
 const geluTanh = bin("mul", bin("mul", half, x), bin("add", one, un("tanh", bin("mul", lit(Math.sqrt(2 / Math.PI)), cubic))));
+
+/** x as C converts it: modulo 2^bits to integers; beyond e4m3's range NaN, from halfway to the number that 480 would be. */
+const wrapped = (to: DType, v: Scalar): Scalar => {
+  if (to === "bool") return v;
+  if (to === "e4m3") return { op: "select", if: bin("le", un("abs", v), lit(464)), x: v, y: lit(Number.NaN) };
+  if (isFloat(to)) return v;
+  const modulus = 2 ** (8 * dtypeBytes(to));
+  const rest = bin("fmod", un("trunc", v), lit(modulus));
+  const above: Scalar = { op: "select", if: bin("lt", rest, lit(0)), x: bin("add", rest, lit(modulus)), y: rest };
+  return to.startsWith("u")
+    ? above
+    : { op: "select", if: bin("le", lit(modulus / 2), above), x: bin("sub", above, lit(modulus)), y: above };
+};
 
 const wide: readonly DType[] = ["f32", "bf16", "f16"];
 const withIntegers: readonly DType[] = ["f32", "bf16", "i32"];
@@ -129,9 +148,23 @@ const rows: readonly Row[] = [
   },
   unary("sin", "sin x", un("sin", x)),
   unary("cos", "cos x", un("cos", x)),
+  unary("tan", "tan x", un("tan", x)),
+  unary("asin", "arc sine", un("asin", x), "unit"),
+  unary("acos", "arc cosine", un("acos", x), "unit"),
+  unary("atan", "arc tangent", un("atan", x)),
+  unary("sinh", "hyperbolic sine", un("sinh", x)),
+  unary("cosh", "hyperbolic cosine", un("cosh", x)),
+  unary("asinh", "inverse hyperbolic sine", un("asinh", x)),
+  unary("acosh", "inverse hyperbolic cosine; NaN below 1", un("acosh", x), "positive"),
+  unary("atanh", "inverse hyperbolic tangent", un("atanh", x), "unit"),
   unary("floor", "the integer at or below x", un("floor", x)),
   unary("ceil", "the integer at or above x", un("ceil", x)),
+  unary("trunc", "the integer next to x towards 0", un("trunc", x)),
   unary("nearest", "the nearest integer, ties to even", un("nearest", x)),
+  binary("remainder", "x - y * trunc(x / y)", bin("fmod", x, y), numbers, withIntegers, ["normal", "positive"]),
+  bits("bit_and", "the bits that x and y have", "bit_and"),
+  bits("bit_or", "the bits that x or y have", "bit_or"),
+  bits("bit_xor", "the bits that one of x and y has", "bit_xor"),
   compare("less", "x < y", "lt"),
   compare("less_equal", "x <= y", "le"),
   compare("equal", "x = y", "eq"),
@@ -150,13 +183,27 @@ const rows: readonly Row[] = [
   },
   {
     name: "cast",
-    summary: "x in another dtype: to nearest, ties to even; e4m3 saturates to +-448, integers clamp and take NaN as 0",
+    summary: "x in another dtype: to nearest, ties to even; e4m3 saturates to +-448, integers clamp and take NaN as 0, or wrap",
     inputs: ["x"],
     accepts: dtypes,
-    attrs: { to: "the dtype of the result" },
+    attrs: {
+      to: "the dtype of the result",
+      overflow: "`clamp` (the default) or `wrap`: integers as C has them, towards 0 and modulo 2^bits; of e4m3, NaN",
+    },
     result: (attrs) => expect.dtypeAttr(attrs, "to"),
-    scalar: (args) => at(args, 0),
-    sampleAttrs: [{ to: "f32" }, { to: "bf16" }, { to: "e4m3" }, { to: "i8" }, { to: "i32" }],
+    scalar: (args, attrs) => {
+      const to = expect.dtypeAttr(attrs, "to");
+      return expect.word(attrs, "overflow", ["clamp", "wrap"], "clamp") === "wrap" ? wrapped(to, at(args, 0)) : at(args, 0);
+    },
+    sampleAttrs: [
+      { to: "f32" },
+      { to: "bf16" },
+      { to: "e4m3" },
+      { to: "i8" },
+      { to: "i32" },
+      { to: "i8", overflow: "wrap" },
+      { to: "u16", overflow: "wrap" },
+    ],
     sampleDtypes: ["f32", "bf16", "e4m3", "i8", "i32", "f16"],
   },
 ];

@@ -4,14 +4,19 @@ import { UserError } from "../error.ts";
 import type { Graph } from "../graph.ts";
 import type { Knowledge } from "../op.ts";
 import type { Type } from "../type.ts";
+import { bitcast } from "./bitcast.ts";
 import { attention, kvAppend } from "./cache.ts";
 import { constant } from "./const.ts";
+import { cumulate } from "./cumulate.ts";
 import { elementwise } from "./elementwise.ts";
 import { collect, dispatch } from "./exchange.ts";
 import { fusedWith } from "./fused.ts";
 import { gather } from "./gather.ts";
 import { combine, groupedLinear, scaledGroupedLinear } from "./grouped.ts";
+import { iota, size } from "./iota.ts";
 import { linear } from "./linear.ts";
+import { matmul } from "./matmul.ts";
+import { broadcast, concat, reshape, slice, transpose } from "./movement.ts";
 import { quantise } from "./quantise.ts";
 import { reduce } from "./reduce.ts";
 import { rmsNorm } from "./rms_norm.ts";
@@ -19,7 +24,9 @@ import { rotary } from "./rotary.ts";
 import { sample } from "./sample.ts";
 import { scaledLinear } from "./scaled_linear.ts";
 import { softmax } from "./softmax.ts";
+import { sort } from "./sort.ts";
 import { spread } from "./spread.ts";
+import { put, take } from "./take.ts";
 import { topk } from "./topk.ts";
 
 export const allKnowledge: readonly Knowledge[] = [
@@ -37,6 +44,19 @@ export const allKnowledge: readonly Knowledge[] = [
   scaledGroupedLinear,
   combine,
   topk,
+  matmul,
+  reshape,
+  transpose,
+  slice,
+  broadcast,
+  concat,
+  iota,
+  size,
+  take,
+  put,
+  cumulate,
+  sort,
+  bitcast,
   rotary,
   kvAppend,
   attention,

@@ -5,15 +5,16 @@ import { rounder } from "../round.ts";
 import type { Tensor } from "../tensor.ts";
 import { type TensorType, tensor } from "../type.ts";
 
-const functions = ["sum", "max", "min", "mean", "amax"] as const;
+const functions = ["sum", "max", "min", "mean", "amax", "prod"] as const;
 
 /** Reduces xs[from..to): sums in double, left to right; max, min and amax give NaN when an element is NaN. */
 const reduceGroup = (fn: (typeof functions)[number], xs: Float64Array, from: number, to: number): number => {
-  let r = fn === "max" ? Number.NEGATIVE_INFINITY : fn === "min" ? Number.POSITIVE_INFINITY : 0;
+  let r = fn === "max" ? Number.NEGATIVE_INFINITY : fn === "min" ? Number.POSITIVE_INFINITY : fn === "prod" ? 1 : 0;
   for (let i = from; i < to; i++) {
     const x = xs[i] as number;
     if (fn === "max") r = Math.max(r, x);
     else if (fn === "min") r = Math.min(r, x);
+    else if (fn === "prod") r *= x;
     else if (fn === "amax") r = Math.max(r, Math.abs(x));
     else r += x;
   }
@@ -42,7 +43,7 @@ export const reduce: Knowledge = {
   name: "reduce",
   summary: "[..., N] -> [..., ceil(N/group)]: a function of each group of consecutive elements of the last axis, in x's dtype",
   attrs: {
-    fn: "`sum`, `max`, `min`, `mean`, or `amax`: the largest magnitude",
+    fn: "`sum`, `max`, `min`, `mean`, `prod`, or `amax`: the largest magnitude",
     group: "elements of a group, fewer in the last one; 0, the default, is the whole axis",
   },
   inputs: ["x"],
