@@ -179,6 +179,31 @@ export const evalDim = (d: Dim, values: ReadonlyMap<string, number>): number => 
 /** The names of the symbols a dim mentions. */
 export const dimSymbols = (d: Dim): string[] => (typeof d === "number" ? [] : [...new Set(d.match(/[A-Za-z_]\w*/g) ?? [])]);
 
+/** A dim as a sum: of each term the coefficient, and its factors: symbols, and quotients of a dim by a constant. */
+export const dimTerms = (
+  d: Dim,
+): readonly {
+  readonly coefficient: number;
+  readonly factors: readonly (string | { readonly of: Dim; readonly by: number })[];
+}[] =>
+  [...read(d)].map(([monomial, coefficient]) => ({
+    coefficient,
+    factors: splitAtoms(monomial).map((atom) => {
+      const quotient = /^\((.*)\)\/(\d+)$/.exec(atom);
+      return quotient ? { of: quotient[1] as string, by: Number(quotient[2]) } : atom;
+    }),
+  }));
+
+/** The dim with dims in the place of symbols. */
+export const substituteDim = (d: Dim, by: ReadonlyMap<string, Dim>): Dim => {
+  if (typeof d === "number" || dimSymbols(d).every((s) => !by.has(s))) return d;
+  return dimTerms(d).reduce<Dim>((sum, { coefficient, factors }) => {
+    const of = (f: (typeof factors)[number]): Dim =>
+      typeof f === "string" ? (by.get(f) ?? f) : divDim(substituteDim(f.of, by), f.by);
+    return addDim(sum, factors.map(of).reduce(mulDim, coefficient));
+  }, 0);
+};
+
 /** The constant c when a dim is c*symbol (c >= 1), else undefined: rows that come c to a token. */
 export const multipleOf = (d: Dim, symbol: string): number | undefined => {
   const p = read(d);

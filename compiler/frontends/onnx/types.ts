@@ -1,0 +1,12 @@
+/** Data types of ONNX as the graph holds them. */
+import { UserError } from "../../../ir/error.ts";
+import { type DType, dtypes } from "../../../ir/type.ts";
+
+/** Types narrower than a byte are held in bytes. */
+const held: Readonly<Record<string, DType>> = { i4: "i8", u4: "u8", i2: "i8", u2: "u8" };
+
+export const irDType = (dtype: string | undefined): DType => {
+  const found = dtypes.find((d) => d === dtype) ?? held[dtype ?? ""];
+  if (found === undefined) throw new UserError(`elements of type ${dtype ?? "that is not known"} are not supported`);
+  return found;
+};
