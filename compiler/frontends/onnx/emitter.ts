@@ -34,6 +34,8 @@ export interface Item {
   known(): Known | undefined;
   /** the graph computes it, though it is known: an input that was given because sizes depend on it */
   readonly runs: boolean;
+  /** the model's type, where it has fewer bits than a byte and is held in one */
+  readonly narrow?: string | undefined;
   value(): Value;
 }
 
@@ -41,6 +43,7 @@ export interface Item {
 export interface Stored {
   readonly type: TensorType;
   readonly name: string;
+  readonly narrow?: string | undefined;
   read(): Tensor;
 }
 
@@ -81,10 +84,10 @@ export class Emitter {
 
   // --- leaves ---
 
-  input(name: string, type: TensorType, given?: Tensor): Item {
+  input(name: string, type: TensorType, given?: Tensor, narrow?: string): Item {
     const value = this.builder.input(name, type);
     const known: Known | undefined = given && { kind: "tensor", tensor: given };
-    const item: Item = { type, known: () => known, runs: true, value: () => value };
+    const item: Item = { type, known: () => known, runs: true, narrow, value: () => value };
     for (const [axis, d] of type.shape.entries())
       if (typeof d === "string" && identifier.test(d) && !this.axes.has(d)) this.axes.set(d, { item, axis });
     return item;
@@ -105,6 +108,7 @@ export class Emitter {
       type: s.type,
       known: () => ({ kind: "tensor", tensor: elements() }),
       runs: false,
+      narrow: s.narrow,
       value: () => {
         value ??= this.weight(s, elements);
         return value;

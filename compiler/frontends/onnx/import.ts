@@ -2,7 +2,8 @@
 import { Builder, identifier } from "../../../ir/build.ts";
 import { type Dim, type DimSymbol, dimSymbols, parseDim } from "../../../ir/dim.ts";
 import { UserError } from "../../../ir/error.ts";
-import type { Graph } from "../../../ir/graph.ts";
+import { literalWeight } from "../../../ir/evaluate.ts";
+import type { Graph, Weight } from "../../../ir/graph.ts";
 import { decode } from "../../../ir/round.ts";
 import type { Tensor } from "../../../ir/tensor.ts";
 import { tensor, typeText } from "../../../ir/type.ts";
@@ -20,7 +21,7 @@ import {
 import { Call, type Lowering } from "./call.ts";
 import { Emitter, type Item, SizesDepend, type Stored } from "./emitter.ts";
 import { lowerings } from "./ops/index.ts";
-import { irDType } from "./types.ts";
+import { irDType, narrowOf } from "./types.ts";
 
 export interface ImportOptions {
   /** shapes of inputs, by their names, in the place of those that the model declares */
@@ -35,6 +36,8 @@ export interface ImportedGraph {
   readonly graph: Graph;
   /** elements of weights whose source is a tensor of that name */
   readonly tensors: ReadonlyMap<string, Stored>;
+  /** elements of any weight of the graph, for the interpreter */
+  readonly weight: (w: Weight) => Tensor;
   /** names in the model of the graph's inputs and outputs, by their names in the graph */
   readonly names: ReadonlyMap<string, string>;
 }
@@ -79,6 +82,22 @@ interface Scope {
 export const importOnnx = (model: OnnxModel, file: string, options: ImportOptions = {}): ImportedGraph =>
   new Importer(model, file, options).import();
 
+/**
+ * Makes the graph of a model for these inputs: sizes are those that the inputs have, and of inputs that decide sizes the values are read.
+ */
+export const importFor = (model: OnnxModel, file: string, inputs: ReadonlyMap<string, Tensor>): ImportedGraph => {
+  const shapes = new Map([...inputs].map(([name, t]) => [name, t.shape]));
+  const values = new Map<string, Tensor>();
+  for (;;)
+    try {
+      return importOnnx(model, file, { shapes, values });
+    } catch (error) {
+      const more = error instanceof SizesDepend ? error.inputs.filter((name) => !values.has(name) && inputs.has(name)) : [];
+      if (more.length === 0) throw error;
+      for (const name of more) values.set(name, inputs.get(name) as Tensor);
+    }
+};
+
 class Importer {
   private readonly model: OnnxModel;
   private readonly file: string;
@@ -114,7 +133,10 @@ class Importer {
         if (given && type.shape) this.fits(given, type.shape);
         const own = this.builder.unused(cleaned(name));
         names.set(own, name);
-        scope.values.set(name, this.emitter.input(own, tensor(irDType(type.dtype), shape), this.options.values?.get(name)));
+        scope.values.set(
+          name,
+          this.emitter.input(own, tensor(irDType(type.dtype), shape), this.options.values?.get(name), narrowOf(type.dtype)),
+        );
       });
     }
     for (const symbol of this.symbols.values()) this.builder.symbol(symbol);
@@ -128,7 +150,10 @@ class Importer {
         names.set(own, name);
         this.builder.output(item.value(), own);
       });
-    return { graph: this.builder.build(), tensors: this.emitter.tensors, names };
+    const { tensors } = this.emitter;
+    const weight = (w: Weight): Tensor =>
+      w.source.kind === "tensor" ? (tensors.get(w.source.tensor) as Stored).read() : literalWeight(w);
+    return { graph: this.builder.build(), tensors, weight, names };
   }
 
   private fail(what: string): never {
@@ -179,7 +204,7 @@ class Importer {
 
   private stored(t: OnnxTensor): Item {
     const type = tensor(irDType(t.dtype), t.shape);
-    return this.emitter.stored({ type, name: cleaned(t.name), read: () => tensorData(t) });
+    return this.emitter.stored({ type, name: cleaned(t.name), narrow: narrowOf(t.dtype), read: () => tensorData(t) });
   }
 
   /** Initialisers and nodes of a graph, into the scope. */

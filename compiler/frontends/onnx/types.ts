@@ -5,6 +5,10 @@ import { type DType, dtypes } from "../../../ir/type.ts";
 /** Types narrower than a byte are held in bytes. */
 const held: Readonly<Record<string, DType>> = { i4: "i8", u4: "u8", i2: "i8", u2: "u8" };
 
+/** The type itself where it is narrower than a byte. */
+export const narrowOf = (dtype: string | undefined): string | undefined =>
+  dtype !== undefined && dtype in held ? dtype : undefined;
+
 export const irDType = (dtype: string | undefined): DType => {
   const found = dtypes.find((d) => d === dtype) ?? held[dtype ?? ""];
   if (found === undefined) throw new UserError(`elements of type ${dtype ?? "that is not known"} are not supported`);

@@ -38,7 +38,7 @@ const loop: Lowering = (c) => {
     const [next, ...results] = c.run(body, [c.e.number(i, "i64"), condition, ...carried]);
     condition = next as Item;
     carried = results.slice(0, carried.length);
-    scans.forEach((s, k) => s.push(results[carried.length + k] as Item));
+    for (const [k, s] of scans.entries()) s.push(results[carried.length + k] as Item);
     going = i + 1 < most ? truth(c, condition) : going;
   }
   return [...carried, ...scans.map((s) => stacked(c, s, 0))];
@@ -78,7 +78,7 @@ const scan: Lowering = (c) => {
       });
       const made = c.run(body, [...carried, ...elements]);
       carried = made.slice(0, carried.length);
-      results.forEach((r, k) => r.push(made[carried.length + k] as Item));
+      for (const [k, r] of results.entries()) r.push(made[carried.length + k] as Item);
     }
     const inOrder = results.map((r, k) => (outDirections[k] === 1 ? r.reverse() : r));
     return [...carried, ...inOrder.map((r, k) => stacked(c, r, c.axis(outAxes[k] ?? 0, (r[0]?.type.shape.length ?? 0) + 1)))];

@@ -14,12 +14,9 @@ export const inWide = (e: Emitter, xs: readonly Item[], work: (...xs: Item[]) =>
 
 /** Operands of one element become scalars where another has their axes: kernels then hold them as numbers. */
 const scalars = (e: Emitter, xs: readonly Item[]): readonly Item[] => {
-  const rank = Math.max(...xs.map((x) => x.type.shape.length));
-  return xs.map((x) => {
-    const others = xs.some((y) => y !== x && y.type.shape.length === rank && y.type.shape.length >= x.type.shape.length);
-    const one = x.type.shape.length > 0 && x.type.shape.every((d) => d === 1);
-    return one && others && e.tensorOf(x) && !x.runs ? e.reshape(x, []) : x;
-  });
+  const one = (x: Item): boolean => !x.runs && x.type.shape.every((d) => d === 1) && e.tensorOf(x) !== undefined;
+  const rank = Math.max(...xs.map((x) => (one(x) ? 0 : x.type.shape.length)));
+  return xs.map((x) => (one(x) && x.type.shape.length > 0 && x.type.shape.length <= rank ? e.reshape(x, []) : x));
 };
 
 export const binary = (e: Emitter, kind: string, x: Item, y: Item): Item => e.op(kind, scalars(e, [x, y]));
@@ -126,9 +123,10 @@ export const convert = (c: Call, x: Item, name: string): Item => {
     // narrower than a byte: modulo 2^bits within the byte
     const whole = wrap(c.e, isFloat(from) ? c.e.op("trunc", [c.e.cast(x, "f64")]) : c.e.cast(x, "f64"), "i64");
     const code = c.e.op("bit_and", [whole, c.e.number(2 ** bits - 1, "i64")]);
-    if (name.startsWith("u")) return c.e.cast(code, to);
+    if (name.startsWith("u")) return { ...c.e.cast(code, to), narrow: name };
     const negative = binary(c.e, "less", c.e.number(2 ** (bits - 1) - 1, "i64"), code);
-    return c.e.cast(c.e.op("where", [negative, binary(c.e, "sub", code, c.e.number(2 ** bits, "i64")), code]), to);
+    const signed = c.e.op("where", [negative, binary(c.e, "sub", code, c.e.number(2 ** bits, "i64")), code]);
+    return { ...c.e.cast(signed, to), narrow: name };
   }
   if (!isFloat(to)) return wrap(c.e, x, to);
   if (to === "e4m3" && !c.flag("saturate", true)) return wrap(c.e, x, to);
@@ -267,7 +265,7 @@ export const elementwise: Readonly<Record<string, Lowering>> = {
   IsInf: isInf,
   Where: (c) => c.e.op("where", scalars(c.e, [c.x(0), c.x(1), c.x(2)])),
   Cast: (c) => convert(c, c.x0, typeOf(c, c.int("to"))),
-  CastLike: (c) => convert(c, c.x0, c.x(1).type.dtype),
+  CastLike: (c) => convert(c, c.x0, c.x(1).narrow ?? c.x(1).type.dtype),
   BitCast: (c) => c.e.op("bitcast", [c.x0], { to: irDType(typeOf(c, c.int("to"))) }),
   Identity: (c) => c.x0,
   Dropout: (c) => {

@@ -215,23 +215,23 @@ const pad: Lowering = (c) => {
       : c.has(2)
         ? c.e.reshape(c.x(2), [])
         : c.e.number(0, x.type.dtype);
-  axes.forEach((axis, i) => {
+  for (const [i, axis] of axes.entries()) {
     const [before, after] = [pads[i] as number, pads[i + axes.length] as number];
-    if (before === 0 && after === 0) return;
+    if (before === 0 && after === 0) continue;
     const extent = x.type.shape[axis] as Dim;
     if (mode === "constant") {
       // negative pads take away
       const cut = c.e.slice(x, axis, Math.max(0, -before), addDim(extent, Math.min(0, before) + Math.min(0, after)));
       const block = (size: number): readonly Item[] => (size <= 0 ? [] : [c.e.broadcast(value, cut.type.shape.with(axis, size))]);
       x = c.e.concat([...block(before), cut, ...block(after)], axis);
-      return;
+      continue;
     }
     const index = mirrored[mode] ?? c.fail(`mode '${mode}' is not known`);
     if (typeof extent !== "number") return c.fail(`mode '${mode}' along an axis of size '${extent}'`);
     if (extent === 0) return c.fail(`mode '${mode}' along an axis of no elements`);
     const places = Array.from({ length: Math.max(0, before + extent + after) }, (_, p) => index(p - before, extent));
     x = c.e.op("take", [x, indexVector(c.e, places)], { axis });
-  });
+  }
   return x;
 };
 
@@ -246,6 +246,7 @@ const range: Lowering = (c) => {
     const exact = ((known[1] as number) - (known[0] as number)) / step;
     size = Math.max(0, Math.ceil(exact));
   } else {
+    if (isFloat(dtype)) for (const i of [0, 1]) c.constant(i);
     const length = subDim(c.size(1), c.size(0));
     size = step === 1 ? length : c.fail(`a delta of ${step} between sizes`);
   }
@@ -308,7 +309,7 @@ const eyeLike: Lowering = (c) => {
 
 const oneHot: Lowering = (c) => {
   const indices = c.x(0);
-  const depth = c.size(1);
+  const depth: Dim = isFloat(c.dtype(1)) ? (c.constant(1).data[0] as number) : c.size(1);
   const values = c.x(2);
   const rank = indices.type.shape.length + 1;
   const axis = c.axis(c.int("axis", -1), rank);
