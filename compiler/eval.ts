@@ -3,7 +3,7 @@ import { spawnSync } from "node:child_process";
 import { existsSync, mkdirSync, mkdtempSync, readFileSync, renameSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { bindSymbols, concrete } from "../ir/bind.ts";
+import { bindSymbols, concrete, withDefined } from "../ir/bind.ts";
 import { UserError } from "../ir/error.ts";
 import { evaluate, kvState, literalWeight } from "../ir/evaluate.ts";
 import type { Graph, Weight } from "../ir/graph.ts";
@@ -105,7 +105,10 @@ export const onTarget = async (
   options: Pick<EvalOptions, "target" | "isa">,
   progress: Progress,
 ): Promise<Map<string, Tensor>> => {
-  const symbols = bindSymbols(graph.inputs.map((v) => ({ ...v, datum: inputs.get(v.name) as Tensor })));
+  const symbols = withDefined(
+    graph.symbols,
+    bindSymbols(graph.inputs.map((v) => ({ ...v, datum: inputs.get(v.name) as Tensor }))),
+  );
   const scratch = mkdtempSync(join(tmpdir(), "step3c-eval-"));
   try {
     const bundle = join(scratch, "graph.s3");

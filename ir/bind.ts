@@ -1,5 +1,5 @@
 /** Giving symbols their values: concrete types, sizes in bytes, and the symbols that concrete shapes imply. */
-import { type Dim, dimSymbols, dimText, evalDim, multipleOf } from "./dim.ts";
+import { type Dim, type DimSymbol, dimSymbols, dimText, evalDim, multipleOf } from "./dim.ts";
 import { UserError } from "./error.ts";
 import type { Cost, Datum } from "./op.ts";
 import type { Tensor } from "./tensor.ts";
@@ -28,6 +28,13 @@ export const cost = (flops: number, types: readonly Type[], symbols: Symbols): C
   flops,
   bytes: types.reduce((n, t) => n + bytesOf(t, symbols), 0),
 });
+
+/** The symbols that others define, added to those given. */
+export const withDefined = (symbols: readonly DimSymbol[], values: Symbols): Symbols => {
+  const all = new Map(values);
+  for (const s of symbols) if (s.is !== undefined && !all.has(s.name)) all.set(s.name, evalDim(s.is, all));
+  return all;
+};
 
 const dimOf = (d: Dim, size: number, symbols: Map<string, number>): boolean => {
   const names = dimSymbols(d).filter((s) => !symbols.has(s));

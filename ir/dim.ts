@@ -12,6 +12,8 @@ export interface DimSymbol {
   readonly max: number;
   readonly multiple: number;
   readonly source: "host" | "device";
+  /** its value, where other symbols define it */
+  readonly is?: Dim;
 }
 
 /** coefficient by monomial; a monomial is its sorted atoms joined by `*`, the constant term is the empty monomial */

@@ -1,4 +1,4 @@
-import { bindSymbols, type Symbols } from "./bind.ts";
+import { bindSymbols, type Symbols, withDefined } from "./bind.ts";
 import { UserError } from "./error.ts";
 import type { Graph, Op, Weight } from "./graph.ts";
 import { interpret } from "./interpret.ts";
@@ -33,7 +33,7 @@ export const evaluate = (
     ...graph.states.map((v) => ({ ...v, datum: find("state", states, v.name) })),
     ...graph.weights.map((w) => ({ ...w.value, datum: weights(w) })),
   ];
-  const bound = bindSymbols(pairs, symbols);
+  const bound = withDefined(graph.symbols, bindSymbols(pairs, symbols));
   const values = new Map<string, Datum>(pairs.map(({ name, datum }) => [name, datum]));
   interpret(graph.ops, values, bound, knowledge, observe);
   return new Map(graph.outputs.map((v) => [v.name, values.get(v.name) as Tensor]));
