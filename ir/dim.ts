@@ -5,6 +5,9 @@
  */
 export type Dim = number | string;
 
+/** The symbol of the token axis: kernels find the rows of each segment in its header, and only they travel between ranks. */
+export const tokenSymbol = "T";
+
 /** A declared size. `source` says who knows it at run time; allocation uses `max`. */
 export interface DimSymbol {
   readonly name: string;

@@ -53,7 +53,7 @@ const runner: KernelRunner = {
       run: (isa, launches) =>
         runKernels(
           library,
-          launches.map((l) => ({ kernel: l.kernel, isa, threads: 2, rows: [l.rows], args: l.args })),
+          launches.map((l) => ({ kernel: l.kernel, isa, threads: 2, rows: [l.rows], dims: l.dims, args: l.args })),
         ).map((r) => r.outputs),
     };
   },
