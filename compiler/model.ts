@@ -3,6 +3,7 @@ import { readFileSync, statSync } from "node:fs";
 import { basename, dirname, join, resolve } from "node:path";
 import type { KvLayout } from "../backends/backend.ts";
 import type { ModelFacts } from "../ir/bundle.ts";
+import { tokenSymbol } from "../ir/dim.ts";
 import { UserError } from "../ir/error.ts";
 import type { Graph } from "../ir/graph.ts";
 import { parseGraph } from "../ir/parse.ts";
@@ -90,7 +91,7 @@ const readGraph = (path: string, options: ModelOptions): Model => {
     throw new UserError(
       `${path}: weight ${stored.value.name} is in a checkpoint, and a graph has none; write its values in the text, or compile with --no-weights`,
     );
-  const rows = graph.symbols.find((s) => s.name === "T")?.max ?? 1;
+  const rows = graph.symbols.find((s) => s.name === tokenSymbol)?.max ?? 1;
   return {
     graph,
     name: basename(path, ".step3"),
