@@ -228,7 +228,8 @@ const argumentsOf = (
 const dividesRows = (op: Op): boolean =>
   knowledge(op.kind).rowwise !== "none" &&
   [...op.inputs, ...op.outputs].every(
-    ({ type }) => type.kind === "kv" || type.shape.every((d, axis) => (axis === 0 ? rowsOf(d) !== undefined : typeof d === "number")),
+    ({ type }) =>
+      type.kind === "kv" || type.shape.every((d, axis) => (axis === 0 ? rowsOf(d) !== undefined : typeof d === "number")),
   );
 
 /** S3_NO_SYMBOL of step3.h */

@@ -99,7 +99,8 @@ export const checkRanges = (declared: readonly DimSymbol[], pairs: readonly Boun
     const places = pairs.flatMap((pair) => axesOf(pair).map(({ dim, size }, axis) => ({ input: pair.name, axis, dim, size })));
     const place = places.find(({ dim }) => dim === name) ?? places.find(({ dim }) => dimSymbols(dim).includes(name));
     const where = place === undefined ? "" : `input '${place.input}' has size ${place.size} on axis ${place.axis}`;
-    const so = place?.dim === name ? ` (${name})` : `${place === undefined ? "" : ` (${place.dim}), so that `}${name} is ${value}`;
+    const so =
+      place?.dim === name ? ` (${name})` : `${place === undefined ? "" : ` (${place.dim}), so that `}${name} is ${value}`;
     throw new UserError(
       `${where}${so}; ${name} is at least ${min} and at most ${max}${multiple === 1 ? "" : `, a multiple of ${multiple}`}`,
     );

@@ -1,6 +1,16 @@
 /** Part of the independent checker (check.ts): the buffers of one rank, where they lie and how launches read and write them. */
 
-import { type CheckRule, type Context, form, isIndex, otherThanTokens, placeText, Rejected, stepText, type WireUse } from "./check_wire.ts";
+import {
+  type CheckRule,
+  type Context,
+  form,
+  isIndex,
+  otherThanTokens,
+  placeText,
+  Rejected,
+  stepText,
+  type WireUse,
+} from "./check_wire.ts";
 import { tokenSymbol } from "./dim.ts";
 import type { Buffer, RankProgram, Step } from "./schedule.ts";
 import { dtypeBytes, dtypes } from "./type.ts";

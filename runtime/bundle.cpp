@@ -290,6 +290,16 @@ class ScheduleReader {
     v.refuse(say("'", v.text(), "' is not among the types of exchange"));
   }
 
+  /// What travels between ranks, and what FFN ranks have: headers tell the rows and no other size.
+  void onlyTokensVary(const Json &v, const std::string &name, const std::vector<Dim> &shape) const {
+    const std::vector<Symbol> tokens = s_.token ? std::vector<Symbol>{s_.symbols[*s_.token]} : std::vector<Symbol>{};
+    try {
+      for (const Dim &d : shape) mostOf(d, tokens);
+    } catch (const std::string &) {
+      v.refuse(say("'", name, "' depends on a symbol other than T, which FFN ranks are not told"));
+    }
+  }
+
   Field field(const Json &v) const {
     Field f;
     f.name = v["name"].text();
@@ -301,9 +311,7 @@ class ScheduleReader {
     if (f.below && f.dtype != "i32") v.refuse("'below' is for i32 fields");
     if (shapeBytes(v, f.shape, f.width, s_.symbols) != f.bytes)
       v.refuse(say("field '", f.name, "': ", f.bytes, " bytes, but its shape at its maximum has another size (contract K3)"));
-    // both sides know the rows, from the header, and no other size
-    const std::vector<Symbol> tokens = s_.token ? std::vector<Symbol>{s_.symbols[*s_.token]} : std::vector<Symbol>{};
-    shapeBytes(v, f.shape, f.width, tokens);
+    onlyTokensVary(v, f.name, f.shape);
     if (f.name == "head") {
       if (f.bytes != header_bytes) v.refuse(say("the header has ", header_bytes, " bytes"));
     } else {
@@ -355,6 +363,7 @@ class ScheduleReader {
       if (b.bytes != manifest_.kv->pages * manifest_.kv->pageBytes)
         v.refuse(say("state '", b.name, "' is not ", manifest_.kv->pages, " pages of ", manifest_.kv->pageBytes, " bytes"));
     } else if (b.region != Region::weights && b.region != Region::state) {
+      if (p.rank.role == Role::ffn) onlyTokensVary(v, b.name, b.shape);
       const std::uint64_t one = shapeBytes(v, b.shape, b.width, s_.symbols);
       if (b.bytes / b.segments < one) v.refuse(say("buffer '", b.name, "' is smaller than its shape"));
     }

@@ -110,7 +110,8 @@ void evaluate(Engine &engine, const EvaluateOptions &options) {
         const auto data = readFile(pathOf(options.inputs, buffer.binds), buffer.binds, bytesOf(buffer, s, values));
         engine.write(schedule, buffer, data.data(), data.size());
       }
-  if (ours) engine.setSymbols(schedule, 0, values);
+  if (engine.rank().role == Role::attention)
+    for (std::uint32_t slot = 0; slot < s.slots; slot++) engine.setSymbols(schedule, slot, values);
   const s3_round round = engine.agree({ours ? schedule + 1 : 0, 1, 0});
   if (round.stop) fail(exit_internal, "the round of --eval was not run");
   std::vector<std::uint32_t> rows(s.slots, 0);
