@@ -18,6 +18,7 @@ import { compile, defaultOptions } from "./compile.ts";
 import { buildBundle, type NativeBuild } from "./native.ts";
 import { readNpy, writeNpy } from "./npy.ts";
 import type { Progress } from "./progress.ts";
+import { qualify } from "./qualification.ts";
 
 export interface EvalOptions {
   /** `NAME=FILE.npy` of every input */
@@ -65,7 +66,9 @@ const evalBundle = async (bundle: string, options: EvalOptions, progress: Progre
   // before anything is built
   const symbols = symbolsOf(program.symbols, boundOf(program.inputs, inputs));
   const native = await buildBundle(bundle, manifest, progress, options.isa);
-  return runOnce(bundle, native, program, inputs, symbols, options.isa);
+  const outputs = runOnce(bundle, native, program, inputs, symbols, options.isa);
+  qualify(bundle, manifest, "ran", native.shown, progress);
+  return outputs;
 };
 
 /** Compiles the graph for the target, builds it and runs it once. */
@@ -82,10 +85,7 @@ export const onTarget = async (
     const bundle = join(scratch, "graph.s3");
     await compile(path, { ...defaultOptions, attention: options.target, ffn: options.target, out: bundle }, progress);
     const native = await buildBundle(bundle, readManifest(bundle), progress, options.isa);
-    const program = readProgram(bundle);
-    const found = runOnce(bundle, native, program, inputs, symbols, options.isa);
-    // an output that is an input too has another name in the bundle
-    return new Map(graph.outputs.map((v, i) => [v.name, found.get((program.outputs[i] as Value).name) as Tensor]));
+    return runOnce(bundle, native, readProgram(bundle), inputs, symbols, options.isa);
   } finally {
     rmSync(scratch, { recursive: true, force: true });
   }

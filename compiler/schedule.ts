@@ -37,6 +37,8 @@ export interface ScheduleOptions {
   readonly microBatches: number;
   /** most rows (values of the symbol T) of one slot of one attention rank */
   readonly maxRows: number;
+  /** names of the graph's outputs for the host, where they are others (withHomes gives an output that is also an input one of its own) */
+  readonly outputs?: readonly string[];
   /** symbol of the kernel that does an op */
   kernelOf(op: Op): string;
   /** packed bytes of a weight; its buffer is padded to a multiple of 64 */
@@ -764,14 +766,15 @@ const attentionProgram = (context: Context): Program => {
         );
   }
   for (const region of ["input", "output"] as const)
-    for (const value of region === "input" ? graph.inputs : graph.outputs) {
+    for (const [i, value] of (region === "input" ? graph.inputs : graph.outputs).entries()) {
       const { type, name } = value;
+      const binds = region === "input" ? name : (options.outputs?.[i] ?? name);
       if (type.kind !== "tensor") return fail(`${region} ${name} is a state`);
       if (memory.known(name)) return fail(`output ${name} is also an input or a weight; it needs a copy (withHomes)`);
       memory.bind(
         name,
         slots.map((slot) =>
-          memory.add(`${region === "input" ? "in" : "out"}${slot}.${name}`, region, type, { slot, binds: name }),
+          memory.add(`${region === "input" ? "in" : "out"}${slot}.${binds}`, region, type, { slot, binds }),
         ),
       );
     }
