@@ -78,7 +78,7 @@ export interface KernelRun {
   readonly rows: readonly number[];
   /** rows between segments; the most rows of one when absent */
   readonly stride?: number;
-  /** values of the graph's symbols */
+  /** values of the graph's symbols, in their order; none when absent */
   readonly dims?: readonly number[];
   readonly args: readonly KernelArgument[];
 }

@@ -4,7 +4,7 @@
  *   u32 runs, then for each run:
  *     string kernel, string isa (u32 length, bytes; an empty isa is the best of this machine)
  *     u32 threads, u32 repeats, u32 segments, u32 stride, u32 rows[segments]
- *     u32 symbols, i64 values[symbols]
+ *     u32 dims, i64 values[dims] of the graph's symbols
  *     u32 args, then for each: u32 kind (0 read, 1 written, 2 both), u64 bytes, the bytes unless it is only written
  *   answer for each run: string error (empty when all went well), string isa, u64 nanoseconds of the fastest repeat, then the bytes of
  *   each written argument.
@@ -83,8 +83,7 @@ struct team {
 void meet(const s3_call *c) { reinterpret_cast<const team *>(c)->together->arrive_and_wait(); }
 
 std::string run(const s3_program *program, const std::string &kernel, uint32_t threads, uint32_t repeats, uint32_t stride,
-                const std::vector<uint32_t> &rows, const std::vector<int64_t> &dims, std::vector<argument> &arguments,
-                uint64_t &fastest) {
+                const std::vector<uint32_t> &rows, const std::vector<int64_t> &dims, std::vector<argument> &arguments, uint64_t &fastest) {
   const s3_kernel_entry *entry = nullptr;
   for (uint32_t i = 0; i < program->count; ++i)
     if (kernel == program->kernels[i].name) entry = &program->kernels[i];
