@@ -8,7 +8,7 @@
  * - everything outside of such branches stays: embedding, attention with its states, residual adds, head, sampling.
  * Names and order of values, and names of weights, play no part.
  */
-import { dimSymbols, multipleOf } from "../../ir/dim.ts";
+import { multipleOf, tokenSymbol } from "../../ir/dim.ts";
 import type { Graph, Op, Value } from "../../ir/graph.ts";
 import { knowledge } from "../../ir/ops/index.ts";
 import { dtypeBytes, type Type, typeText } from "../../ir/type.ts";
@@ -40,12 +40,11 @@ export interface Decision {
   readonly summary: string;
 }
 
-/** Bytes that one token takes of a value whose first axis is a multiple of a symbol; undefined for other types. */
+/** Bytes that one token takes of a value whose first axis is a multiple of the tokens and whose others are numbers; undefined for other types. */
 export const bytesPerToken = (type: Type): number | undefined => {
   const rows = type.kind === "tensor" ? type.shape[0] : undefined;
   if (type.kind !== "tensor" || rows === undefined) return undefined;
-  const [symbol, ...others] = dimSymbols(rows);
-  const perToken = symbol === undefined || others.length > 0 ? undefined : multipleOf(rows, symbol);
+  const perToken = multipleOf(rows, tokenSymbol);
   return perToken === undefined
     ? undefined
     : type.shape
