@@ -96,7 +96,7 @@ export const band = (
 };
 
 /** A mask whose last axis is shorter than the keys are, with `rest` for the others. */
-const padded = (e: Emitter, mask: Item, keys: Dim, rest: number): Item => {
+export const padded = (e: Emitter, mask: Item, keys: Dim, rest: number): Item => {
   const own = dimAt(mask, -1);
   if (own === keys) return mask;
   const more = subDim(keys, own);
@@ -268,27 +268,30 @@ const rotaryEmbedding: Lowering = (c) => {
 
 // --- caches ---
 
-/** past[B, ..., M, ...] with update[B, ..., S, ...] from place write_indices[b] of the axis on. */
+/** past[B, ..., M, ...] with update[B, ..., S, ...] from place from[b] of the axis on; `circular`: places beyond M start at 0 again. */
+export const written = (e: Emitter, past: Item, update: Item, axis: number, from: Item | undefined, circular: boolean): Item => {
+  const { shape } = update.type;
+  const start = from && e.reshape(from, [dimAt(from, 0), ...shape.slice(1).map((): Dim => 1)]);
+  const places = shape.map((d, i) => {
+    const own = e.iota(
+      shape.map((_, j): Dim => (j === i ? d : 1)),
+      i,
+    );
+    if (i !== axis || start === undefined) return own;
+    const at = binary(e, "add", own, start);
+    return circular ? binary(e, "remainder", at, e.dims([dimAt(past, axis)], "i64", [])) : at;
+  });
+  const index = places
+    .map((at, i) => binary(e, "mul", at, e.dims([product(past.type.shape.slice(i + 1))], "i64", [])))
+    .reduce((x, y) => binary(e, "add", x, y));
+  const flat = (x: Item): Item => e.reshape(x, [product(x.type.shape)]);
+  return e.reshape(e.op("put", [flat(past), flat(e.broadcast(index, shape)), flat(update)]), past.type.shape);
+};
+
 const tensorScatter: Lowering = (c) => {
-  const { e } = c;
-  const [past, update] = [c.x(0), c.x(1)];
-  const axis = c.axis(c.int("axis", -2), c.rank(0));
   const mode = c.text("mode", "linear");
   if (mode !== "linear" && mode !== "circular") c.fail(`mode must be linear or circular, got '${mode}'`);
-  const from = c.has(2) ? e.reshape(c.x(2), [dimAt(c.x(2), 0), ...update.type.shape.slice(1).map(() => 1)]) : e.number(0, "i64");
-  const lengths = update.type.shape.map((d, i) => {
-    const alone = update.type.shape.map((_, j) => (j === i ? d : 1));
-    const own = e.iota(alone, i);
-    if (i !== axis) return own;
-    const at = binary(e, "add", own, from);
-    return mode === "circular" ? binary(e, "remainder", at, e.dims([dimAt(past, axis)], "i64", [])) : at;
-  });
-  const index = lengths
-    .map((at, i) => binary(e, "mul", at, e.dims([product(past.type.shape.slice(i + 1))], "i64", [])))
-    .reduce((a, b) => binary(e, "add", a, b));
-  const flat = (x: Item): Item => e.reshape(x, [product(x.type.shape)]);
-  const result = e.op("put", [flat(past), flat(e.broadcast(index, update.type.shape)), flat(update)]);
-  return e.reshape(result, past.type.shape);
+  return written(c.e, c.x(0), c.x(1), c.axis(c.int("axis", -2), c.rank(0)), c.optional(2), mode === "circular");
 };
 
 // --- recurrences ---
