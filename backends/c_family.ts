@@ -8,7 +8,7 @@
  */
 
 import { Builder } from "../ir/build.ts";
-import { type Dim, dimText, multipleOf } from "../ir/dim.ts";
+import { type Dim, dimText, multipleOf, tokenSymbol } from "../ir/dim.ts";
 import type { Graph, Op, Value } from "../ir/graph.ts";
 import { knowledge } from "../ir/ops/index.ts";
 import { roundTo } from "../ir/round.ts";
@@ -201,8 +201,7 @@ export const storeElement = (d: Dialect, dtype: DType, pointer: string, index: s
 
 // --- rows ---------------------------------------------------------------------------------------------------------------------
 
-/** The symbol of the token axis: a launch has rows for it, and for nothing else. */
-export const tokenSymbol = "T";
+export { tokenSymbol };
 
 const isRowOp = (kind: string): boolean => knowledge(kind).scalar !== undefined || kind === "reduce" || kind === "spread";
 

@@ -42,7 +42,6 @@ export interface ImportedGraph {
   readonly names: ReadonlyMap<string, string>;
 }
 
-const mostSize = 1024;
 const deepestCalls = 64;
 const mostNodes = 200_000;
 
@@ -188,7 +187,7 @@ class Importer {
     }
     for (const name of dimSymbols(dim)) {
       if (this.symbols.has(name)) continue;
-      const [min, max] = this.options.limits?.get(name) ?? [0, mostSize];
+      const [min, max] = this.options.limits?.get(name) ?? this.fail(`size '${name}' has no limit; add --dim ${name}=MAX`);
       this.symbols.set(name, { name, min, max, multiple: 1, source: "host" });
     }
     return dim;
