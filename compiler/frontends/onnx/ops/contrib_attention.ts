@@ -5,6 +5,7 @@ import type { Emitter, Item } from "../emitter.ts";
 import {
   band,
   dimAt,
+  fitted,
   headsFirst,
   headsLast,
   masked,
@@ -20,6 +21,7 @@ import {
 } from "./attention.ts";
 import { binary, wide } from "./elementwise.ts";
 
+const plus = (e: Emitter, x: Item, d: Dim): Item => (d === 0 ? x : binary(e, "add", x, e.dims([d], "i64", [])));
 const scaleOf = (c: Call, width: Dim): number => c.float("scale", 0) || 1 / Math.sqrt(width as number);
 
 /** What position_ids of shape [B, S], or the first token's in one element, are. */
@@ -55,7 +57,7 @@ const extended = (e: Emitter, old: Item | undefined, fresh: Item, past: Item, to
   const t = e.iota([1, total], 1);
   const since = binary(e, "sub", t, past);
   const used = e.op("less", [since, n(rows)]);
-  const ofNew = e.op("where", [used, binary(e, "add", since, n(capacity)), n(0)]);
+  const ofNew = e.op("where", [used, plus(e, since, capacity), n(0)]);
   const place = e.reshape(e.op("where", [e.op("less", [t, past]), t, ofNew]), [batch, 1, total]);
   const head = binary(e, "add", binary(e, "mul", e.iota([batch, 1, 1], 0), n(heads)), e.iota([1, heads, 1], 1));
   const index = binary(e, "add", binary(e, "mul", head, n(length)), place);
@@ -86,17 +88,17 @@ const groupQuery: Lowering = (c) => {
 
   // tokens before these, of each batch: none in a prompt, even where its end is padded
   const last = e.reshape(e.cast(c.x(5), "i64"), [batch, 1]);
-  const before = e.op("add", [last, e.dims([subDim(1, rows)], "i64", [])]);
-  const past = binary(e, "maximum", before, e.number(0, "i64"));
+  const past = binary(e, "maximum", plus(e, last, subDim(1, rows)), e.number(0, "i64"));
   const normed = (x: Item, i: number, own: number): Item => {
     if (!c.has(i)) return x;
     const apart = e.reshape(x, [batch, rows, own, width]);
     return e.reshape(e.op("rms_norm", [apart, e.cast(c.x(i), dtype)], { eps: c.float("qk_norm_epsilon", 1e-6) }), x.type.shape);
   };
+  const turns = c.flag("do_rotary", false);
+  const ids = c.optional(9) ?? (rows === 1 ? past : binary(e, "add", past, e.iota([1, rows], 1)));
+  const [cos, sin] = turns ? [7, 8].map((i) => e.op("take", [c.x(i), ids], { axis: 0 })) : [];
   const turn = (x: Item, own: number): Item => {
-    if (!c.flag("do_rotary", false)) return x;
-    const ids = c.optional(9) ?? binary(e, "add", past, e.iota([1, rows], 1));
-    const [cos, sin] = [7, 8].map((i) => e.op("take", [c.x(i), ids], { axis: 0 })) as [Item, Item];
+    if (cos === undefined || sin === undefined) return x;
     return turned(e, x, cos, sin, own, 2 * (dimAt(cos, 2) as number), c.flag("rotary_interleaved", false));
   };
   const inHeads = headsFirst(e, turn(normed(q, 14, heads), heads), heads);
@@ -114,10 +116,10 @@ const groupQuery: Lowering = (c) => {
   const count = dimAt(keys, 2);
   const window = c.int("local_window_size", -1);
   const from = e.reshape(past, [batch, 1, 1, 1]);
-  const filled = e.op("less_equal", [e.iota([1, 1, 1, count], 3), e.reshape(last, [batch, 1, 1, 1])]);
-  const allowed = c.flag("causal", true) ? band(e, rows, count, from, window > 0 ? window - 1 : undefined, 0) : filled;
+  const filled = (): Item => e.op("less_equal", [e.iota([1, 1, 1, count], 3), e.reshape(last, [batch, 1, 1, 1])]);
+  const allowed = c.flag("causal", true) ? band(e, rows, count, from, window > 0 ? window - 1 : undefined, 0) : filled();
   const bias = c.optional(10);
-  const biased = bias ? binary(e, "add", capped, padded(e, wide(e, bias), count, 0)) : capped;
+  const biased = bias ? binary(e, "add", capped, padded(e, wide(e, bias), rows, count, 0)) : capped;
   const sink = c.optional(11) ?? (c.int("smooth_softmax", -1) === 1 ? e.broadcast(e.number(0, "f32"), [heads]) : undefined);
   const p = withSink(c, masked(e, biased, { allowed, bias: undefined }), sink);
   const y = e.cast(headsLast(e, mixed(e, p, wide(e, values))), dtype);
@@ -179,9 +181,8 @@ const multiHead: Lowering = (c) => {
   const count = dimAt(keys, 2);
   const offset = c.has(6) ? e.dims([dimAt(c.x(6), 2)], "i64", []) : undefined;
   const allowed = c.flag("unidirectional", false) ? band(e, dimAt(query, 2), count, offset, undefined, 0) : undefined;
-  const biases = [c.optional(4) && paddingBias(c, c.x(4), count), c.optional(5) && wide(e, c.x(5))].filter(
-    (b) => b !== undefined,
-  );
+  const own = c.optional(5) && fitted(e, wide(e, c.x(5)), raw.type.shape);
+  const biases = [c.optional(4) && paddingBias(c, c.x(4), count), own].filter((b) => b !== undefined);
   const bias = biases.length === 0 ? undefined : biases.reduce((a, b) => binary(e, "add", a, b));
   const p = softmax(c, masked(e, scaled, { allowed, bias }));
   const y = headsLast(e, mixed(e, p, wide(e, values)));
