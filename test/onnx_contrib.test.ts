@@ -167,6 +167,37 @@ mha("scores' bias", {}, [...three(3, 5), undefined, undefined, f(1, 2, 3, 5)]);
 mha("past", {}, [...three(3, 3), undefined, undefined, undefined, heads(4), heads(4)], present);
 mha("past, causal, bias", { unidirectional: 1 }, [...three(3, 3), f(96), undefined, f(2, 2, 3, 7), heads(4), heads(4)], present);
 
+// --- recurrences ---
+for (const activation of ["none", "silu"])
+  add("CausalConvWithState", activation, { activation }, [f(2, 4, 5), w(4, 1, 3), w(4), f(2, 4, 2)], ["y", "s"]);
+add("CausalConvWithState", "no past", {}, [f(2, 4, 5), w(4, 1, 3)], ["y", "s"]);
+for (const update_rule of ["linear", "gated", "delta", "gated_delta"])
+  add(
+    "LinearAttention",
+    update_rule,
+    { q_num_heads: 2, kv_num_heads: 2, update_rule },
+    [
+      f(2, 3, 32),
+      scaledBy(f(2, 3, 32), 0.2),
+      f(2, 3, 32),
+      f(2, 2, 16, 16),
+      update_rule.startsWith("gated") ? scaledBy({ tensor: drawn("f32", [2, 3, 2], "positive") }, -0.1) : undefined,
+      update_rule.endsWith("delta") ? { tensor: drawn("f32", [2, 3, 2], "unit") } : undefined,
+    ],
+    ["y", "s"],
+  );
+add(
+  "LinearAttention",
+  "shared heads",
+  { q_num_heads: 4, kv_num_heads: 2, update_rule: "linear", scale: float(0.5) },
+  [f(2, 3, 64), f(2, 3, 32), f(2, 3, 32), f(2, 2, 16, 16)],
+  ["y", "s"],
+);
+
+// --- codes ---
+add("QuantizeLinear", "one scale", {}, [f(3, 4), positive(), { tensor: drawn("u8", [], { below: 200 }), constant: true }]);
+add("DequantizeLinear", "an axis", { axis: 0 }, [bytes(3, 4), positive(3), bytes(3)]);
+
 // --- weights in codes ---
 const nBits = (name: string, k: number, n: number, block: number, bits: number, more: readonly (Operand | undefined)[]): void => {
   const blocks = Math.ceil(k / block);
@@ -391,3 +422,46 @@ same(
   },
   neighbours,
 );
+
+/** What is not supported says so, at the node. */
+const refused: readonly (readonly [
+  string,
+  string,
+  Readonly<Record<string, Attribute>>,
+  readonly (Operand | undefined)[],
+  RegExp,
+])[] = [
+  [
+    "weights in codes that are an input",
+    "MatMulNBits",
+    { K: 32, N: 8, block_size: 32 },
+    [f(2, 32), { tensor: drawn("u8", [8, 1, 16], { below: 256 }) }, positive(8)],
+    /input 1 must be a constant/,
+  ],
+  [
+    "codes that are not the rows'",
+    "MatMulNBits",
+    { K: 64, N: 8, block_size: 32 },
+    [f(2, 64), bytes(8, 1, 16), positive(16)],
+    /those of 8 rows of 2 blocks/,
+  ],
+  [
+    "a cache in codes",
+    "GroupQueryAttention",
+    { num_heads: 4, kv_num_heads: 2, k_quant_type: "PER_TENSOR" },
+    [...qkv(1, 5), ...none, i32(4), total(5)],
+    /k_quant_type must be NONE/,
+  ],
+  [
+    "heads that cannot be shared",
+    "GroupQueryAttention",
+    { num_heads: 3, kv_num_heads: 2 },
+    [...qkv(1, 5), ...none, i32(4), total(5)],
+    /3 heads of queries do not share 2 heads/,
+  ],
+  ["an activation of no name", "MoE", { activation_type: "tanh" }, gated, /activation_type 'tanh' is not supported/],
+  ["two linears where there is one", "MoE", { activation_type: "swiglu" }, gated, /swiglu_fusion 0 needs fc3/],
+];
+test.each(refused)("%s", (name, op, attributes, inputs, message) => {
+  expect(() => evaluated({ name, op, domain, attributes, inputs, outputs: ["y"] })).toThrow(message);
+});

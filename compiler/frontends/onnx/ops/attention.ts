@@ -376,12 +376,16 @@ const swiglu: Lowering = (c) => {
   });
 };
 
+/** ONNX Runtime has them too. */
+export const recurrences: Readonly<Record<string, Lowering>> = {
+  LinearAttention: linearAttention,
+  CausalConvWithState: causalConv,
+};
 export const attentionOps: Readonly<Record<string, Lowering>> = {
+  ...recurrences,
   Attention: attention,
   RotaryEmbedding: rotaryEmbedding,
   TensorScatter: tensorScatter,
-  LinearAttention: linearAttention,
-  CausalConvWithState: causalConv,
   SwiGLU: swiglu,
 };
 export const previewOps: Readonly<Record<string, Lowering>> = { FlexAttention: flexAttention };

@@ -1,6 +1,6 @@
 /** The operators of ONNX and of its exporters that step3c has, by domain. */
 import type { Lowering } from "../call.ts";
-import { attentionOps, previewOps } from "./attention.ts";
+import { attentionOps, previewOps, recurrences } from "./attention.ts";
 import { contrib, contribOfOnnx } from "./contrib.ts";
 import { contribAttention } from "./contrib_attention.ts";
 import { contribWeights } from "./contrib_weights.ts";
@@ -9,7 +9,7 @@ import { elementwise } from "./elementwise.ts";
 import { indices } from "./indexing.ts";
 import { normalisations } from "./normalise.ts";
 import { products } from "./products.ts";
-import { quantisations } from "./quantise.ts";
+import { conversions, quantisations } from "./quantise.ts";
 import { reductions } from "./reduce.ts";
 import { shape } from "./shape.ts";
 
@@ -25,7 +25,7 @@ const onnx = {
   ...quantisations,
   ...contribOfOnnx,
 };
-const microsoft = { ...contrib, ...contribAttention, ...contribWeights };
+const microsoft = { ...contrib, ...contribAttention, ...contribWeights, ...recurrences, ...conversions };
 
 export const lowerings: ReadonlyMap<string, ReadonlyMap<string, Lowering>> = new Map(
   Object.entries({ "": onnx, "ai.onnx.preview": previewOps, "com.microsoft": microsoft }).map(([domain, table]) => [
