@@ -22,6 +22,11 @@ export class Sizes {
     return /^\w+$/.test(text) ? text : `(${text.trim()})`;
   }
 
+  /** The same without the parentheses, for an argument of a function. */
+  argument(d: Dim): string {
+    return this.text(d).replace(/^\((.*)\)$/, "$1");
+  }
+
   private variable(symbol: string): string {
     const known = this.found.get(symbol);
     if (known !== undefined) return known.name;
@@ -34,8 +39,8 @@ export class Sizes {
   }
 
   /** What a size is when all symbols are as large as they get. */
-  largest(d: Dim): string {
-    return String(Math.max(0, evalDim(d, new Map(this.target.symbols.map((s) => [s.name, s.max])))));
+  largest(d: Dim): number {
+    return Math.max(0, evalDim(d, new Map(this.target.symbols.map((s) => [s.name, s.max]))));
   }
 
   /** `const int64_t d0 = size_of(c, 0);` for each symbol that a text had */

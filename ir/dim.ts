@@ -67,7 +67,9 @@ const render = (p: Polynomial): Dim => {
   let text = "";
   for (const m of monomials) {
     const c = p.get(m) as number;
-    const magnitude = Math.abs(c) === 1 ? m : `${Math.abs(c)}*${m}`;
+    // a quotient is in parentheses where it does not come first: what is before it is not divided
+    const factors = [...(Math.abs(c) === 1 ? [] : [String(Math.abs(c))]), ...splitAtoms(m)];
+    const magnitude = factors.map((f, i) => (i > 0 && f.startsWith("(") ? `(${f})` : f)).join("*");
     text += c < 0 ? `-${magnitude}` : `${text === "" ? "" : "+"}${magnitude}`;
   }
   if (constantTerm !== 0) text += constantTerm < 0 ? String(constantTerm) : `+${constantTerm}`;
