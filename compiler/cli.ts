@@ -39,6 +39,15 @@ const ranks = (text: string): { attention: number; ffn: number } => {
 };
 const collect = (text: string, all: string[]): string[] => [...all, text];
 const progress = progressOn(process.stderr);
+const limits = (
+  text: string,
+  all: ReadonlyMap<string, readonly [number, number]> = new Map(),
+): ReadonlyMap<string, readonly [number, number]> => {
+  const [, name = "", from, to] = /^(\w+)=(?:(\d+)\.\.)?(\d+)$/.exec(text) ?? [];
+  const [min, max] = [Number(from ?? 1), Number(to)];
+  if (name === "" || min > max) throw new InvalidArgumentError("write it as batch=8 or batch=1..8.");
+  return new Map(all).set(name, [min, max]);
+};
 const program = new Command("step3c")
   .description("Compiles a language model into attention and FFN programs for different chips, and runs them.")
   .version(version())
@@ -47,8 +56,8 @@ const program = new Command("step3c")
 
 program
   .command("compile")
-  .description("compile a checkpoint directory or a graph (file.step3) into a bundle")
-  .argument("<model>", "Hugging Face directory, config.json (with --no-weights) or file.step3")
+  .description("compile a checkpoint directory, an ONNX model or a graph (file.step3) into a bundle")
+  .argument("<model>", "Hugging Face directory, config.json (with --no-weights), model.onnx or file.step3")
   .option("--out <dir>", "the bundle (default: the model's name with .s3, in this folder)")
   .option("--attention <target>", "target of the attention side: a built-in name[:arch], a folder or a package", "cpp")
   .option("--ffn <target>", "target of the FFN side", "cpp")
@@ -63,6 +72,11 @@ program
   .option("--micro-batches <n>", "micro-batches in flight", positive, 3)
   .option("--max-batch <n>", "sequences in flight on one attention rank", positive, 16)
   .option("--max-context <n>", "tokens of one sequence (default: the model's, at most 4096)", positive)
+  .addOption(
+    new Option("--dim <name=max>", "limit of a size that an ONNX model leaves open, or min..max (may be repeated)").argParser(
+      limits,
+    ),
+  )
   .option("--no-weights", "leave the weights out; the runtime draws them from a seed")
   .addOption(new Option("--emit <what>", "print this instead of writing a bundle").choices(["ir", "schedule", "kernels"]))
   .option("--print-ir-after <pass>", "print the graph after a pass, or after all")
@@ -154,13 +168,13 @@ runner(program.command("score").description("teacher-forced logits and perplexit
 
 program
   .command("eval")
-  .description("run a graph once on given inputs")
-  .argument("<graph>", "file.step3")
+  .description("run a graph once on given inputs; of a bundle, which is built once, at any sizes that it was compiled for")
+  .argument("<graph>", "file.step3, or a bundle of one")
   .addOption(
     new Option("--input <name=file>", "an input, a .npy file (once for each input)").argParser(collect).default([], "none"),
   )
   .requiredOption("--out <dir>", "where to write <output name>.npy")
-  .option("--target <target>", "reference (the interpreter) or a target", "cpp")
+  .option("--target <target>", "reference (the interpreter) or a target, of a graph (default: cpp)")
   .addOption(new Option("--isa <name>", "instruction set to force").choices(["baseline", "avx2", "avx512", "amx"]))
   .action(async (graph: string, options: EvalOptions) => {
     const { evalGraph } = await import("./eval.ts");

@@ -28,6 +28,8 @@ export interface CompileOptions {
   readonly microBatches: number;
   readonly maxBatch: number;
   readonly maxContext?: number;
+  /** limits of the sizes that an ONNX model leaves open, by their names */
+  readonly dim?: ReadonlyMap<string, readonly [min: number, max: number]>;
   readonly weights: boolean;
   readonly emit?: "ir" | "schedule" | "kernels";
   readonly printIrAfter?: string;
@@ -55,11 +57,14 @@ export const defaultOptions: CompileOptions = {
 /** Rows of one slot in a prefill round: enough for the weights read once to serve many tokens, few enough to keep slots small. */
 const prefillRows = 128;
 
-/** Compiles a model into a bundle; gives the text that was asked to be printed. Throws a UserError when the input is at fault. */
-export const compile = async (source: string, options: CompileOptions, progress: Progress): Promise<string> => {
+/** Compiles a model, which it closes, into a bundle; gives the text that was asked to be printed. Throws a UserError when the input is at fault. */
+export const compile = async (source: string | Model, options: CompileOptions, progress: Progress): Promise<string> => {
   const printed: string[] = [];
   const sides = await loadSides(options);
-  const model = readModel(source, options, (type) => layoutOf(sides.attention.backend, type), maxRows(options));
+  const model =
+    typeof source === "string"
+      ? readModel(source, options, (type) => layoutOf(sides.attention.backend, type), maxRows(options))
+      : source;
   try {
     const resumed = options.from === undefined ? undefined : resume(options.from);
     const graph = runPasses(
@@ -86,7 +91,8 @@ export const compile = async (source: string, options: CompileOptions, progress:
 
     const kv = kvLayout(graph, sides.attention.backend);
     const emission = emit(withHomes(graph), sides, kv);
-    const schedules = makeSchedules(model, emission, sides, kv, options);
+    const outputs = graph.outputs.map((v) => v.name);
+    const schedules = makeSchedules(model, emission, outputs, sides, kv, options);
     if (options.emit === "schedule") return [...printed, ...schedules.map(printSchedule)].join("");
     if (options.emit === "kernels") return [...printed, ...kernelTexts(emission)].join("");
     if (options.explain !== undefined) return [...printed, explainKernel(emission, options.explain, printed.length > 0)].join("");
@@ -128,6 +134,7 @@ const maxRows = (options: CompileOptions): number => Math.max(prefillRows, decod
 const makeSchedules = (
   model: Model,
   emission: Emission,
+  outputs: readonly string[],
   sides: Readonly<Record<Role, Side>>,
   kv: KvLayout | undefined,
   options: CompileOptions,
@@ -142,6 +149,7 @@ const makeSchedules = (
       ffn: { ranks: split ? options.ranks.ffn : 0, target: sides.ffn.backend.name },
       microBatches,
       maxRows: rows,
+      outputs,
       kernelOf: (op) => emission.kernelOf(op).name,
       weightBytes: (weight) => packedBytes(types.get(weight) ?? missing(weight), emission.layoutOf(weight)),
       ...(kv ? { kv: { pageBytes: kv.pageBytes, pages: model.pages } } : {}),

@@ -47,6 +47,7 @@ const inspectGraph = (graph: Graph): string => {
   }
   const lines = [
     `graph ${graph.name}: ${graph.ops.length} ops, ${graph.weights.length} weights, ${graph.states.length} states`,
+    ...graph.symbols.map((s) => `symbol ${s.name} ${s.min}..${s.max}${s.multiple === 1 ? "" : ` multiple ${s.multiple}`}`),
     ...graph.inputs.map((v) => `input ${v.name} ${typeText(v.type)}`),
     ...graph.outputs.map((v) => `output ${v.name} ${typeText(v.type)}`),
     ...[...counts].sort(([a], [b]) => (a < b ? -1 : 1)).map(([key, count]) => `${String(count).padStart(6)} ${key}`),
@@ -78,7 +79,7 @@ const inspectOnnx = (model: OnnxModel): string => {
   const fed = model.graph.inputs.filter((v) => !model.graph.initialisers.has(v.name));
   const lines = [
     `onnx ${model.graph.name}: IR ${model.ir}, ${[...model.opsets].map(([domain, v]) => `${domain === "" ? "opset" : domain} ${v}`).join(", ")}${model.producer === "" ? "" : `, made by ${model.producer}`}`,
-    `${nodes.length} nodes${graphs.length > 1 ? ` in ${graphs.length} graphs` : ""}, ${named} with metadata; ${weights.length} initializers of ${mib(weights.reduce((n, w) => n + w.size, 0)).trim()} MiB; ${model.functions.length} functions`,
+    `${nodes.length} nodes${graphs.length > 1 ? ` in ${graphs.length} graphs` : ""}, ${named} with metadata; ${weights.length} initializers of ${mib(weights.reduce((n, w) => n + w.size, 0)).trim()} MiB; ${model.functions.size} functions`,
     ...fed.map((v) => `input ${v.name} ${onnxType(v.type)}`),
     ...model.graph.outputs.map((v) => `output ${v.name} ${onnxType(v.type)}`),
     ...[...counts].sort(([a], [b]) => (a < b ? -1 : 1)).map(([key, count]) => `${String(count).padStart(6)} ${key}`),

@@ -1,13 +1,21 @@
 /** Front ends: from a path to a Graph with what the rest of the compiler needs to know of it. */
-import { readFileSync, statSync } from "node:fs";
+import { mkdtempSync, readFileSync, rmSync, statSync } from "node:fs";
+import { tmpdir } from "node:os";
 import { basename, dirname, join, resolve } from "node:path";
 import type { KvLayout } from "../backends/backend.ts";
 import type { ModelFacts } from "../ir/bundle.ts";
+import { tokenSymbol } from "../ir/dim.ts";
 import { UserError } from "../ir/error.ts";
 import type { Graph } from "../ir/graph.ts";
 import { parseGraph } from "../ir/parse.ts";
-import type { KvType } from "../ir/type.ts";
-import type { Checkpoint } from "./frontends/checkpoint.ts";
+import { printGraph } from "../ir/print.ts";
+import { encode } from "../ir/round.ts";
+import type { Tensor } from "../ir/tensor.ts";
+import type { DType, KvType } from "../ir/type.ts";
+import { type Checkpoint, openCheckpoint } from "./frontends/checkpoint.ts";
+import { type ImportedGraph, importOnnx } from "./frontends/onnx/import.ts";
+import { readOnnx } from "./frontends/onnx.ts";
+import { storedName, writeSafetensors } from "./frontends/safetensors.ts";
 import { readStep3 } from "./models/step3.ts";
 import { type ResumePoint, resumePoint } from "./pass.ts";
 
@@ -37,6 +45,7 @@ interface ModelOptions {
   readonly kv: "bf16" | "fp8" | "int8";
   readonly maxBatch: number;
   readonly maxContext?: number;
+  readonly dim?: ReadonlyMap<string, readonly [min: number, max: number]>;
 }
 
 /** Contexts longer than this are asked for, not assumed: KV memory grows with them. */
@@ -44,18 +53,17 @@ const defaultContext = 4096;
 
 const kvTypes = { bf16: "bf16", fp8: "e4m3", int8: "i8" } as const;
 
-/** Reads a Step-3 checkpoint directory, its config.json, or a graph in its textual form. */
+/** Reads a Step-3 checkpoint directory, its config.json, an ONNX model, or a graph in its textual form. */
 export const readModel = (path: string, options: ModelOptions, layout: (type: KvType) => KvLayout, maxRows: number): Model => {
   const entry = statSync(path, { throwIfNoEntry: false });
-  if (!entry) throw new UserError(`${path}: no such file or directory; give a checkpoint directory or a file.step3`);
+  if (!entry)
+    throw new UserError(`${path}: no such file or directory; give a checkpoint directory, a model.onnx or a file.step3`);
+  if (entry.isFile() && path.endsWith(".onnx"))
+    return onnxModel(path, importOnnx(readOnnx(path), path, { limits: options.dim ?? new Map() }), options);
   return entry.isFile() && path.endsWith(".step3") ? readGraph(path, options) : readCheckpoint(path, options, layout, maxRows);
 };
 
 const readCheckpoint = (path: string, options: ModelOptions, layout: (type: KvType) => KvLayout, maxRows: number): Model => {
-  if (path.endsWith(".onnx"))
-    throw new UserError(
-      `${path}: ONNX models can be inspected (step3c inspect), but not compiled yet; give a Step-3 checkpoint directory or a file.step3`,
-    );
   const model = readStep3(path, { weights: options.weights });
   try {
     const { kvHeads, headDim, maxPosition } = model.config;
@@ -82,6 +90,51 @@ const readCheckpoint = (path: string, options: ModelOptions, layout: (type: KvTy
   }
 };
 
+/** A graph made of an ONNX model. Weights that are not in the graph's text go through a file of their own, as a checkpoint's do. */
+export const onnxModel = (
+  path: string,
+  { graph, tensors, names }: ImportedGraph,
+  options: Pick<ModelOptions, "maxBatch">,
+): Model => {
+  const directory = mkdtempSync(join(tmpdir(), "step3c-onnx-"));
+  const remove = (): void => rmSync(directory, { recursive: true, force: true });
+  try {
+    const entries = [...tensors].map(([name, { type, read }]) => ({
+      name,
+      dtype: storedName(type.dtype),
+      shape: type.shape as readonly number[],
+      data: elementsOf(type.dtype, read),
+    }));
+    if (entries.length > 0) writeSafetensors(join(directory, "model.safetensors"), entries);
+    const checkpoint = entries.length > 0 ? openCheckpoint(directory) : undefined;
+    const rows = graph.symbols.find((s) => s.name === "T")?.max ?? 1;
+    const renamed = [...names].filter(([own, name]) => own !== name);
+    return {
+      graph,
+      name: basename(path, ".onnx"),
+      facts: { name: graph.name, ...(renamed.length > 0 ? { names: Object.fromEntries(renamed) } : {}) },
+      language: false,
+      rows,
+      maxContext: rows,
+      pages: 1 + options.maxBatch * rows,
+      ...(checkpoint ? { checkpoint } : {}),
+      configuration: printGraph(graph),
+      close: () => {
+        checkpoint?.close();
+        remove();
+      },
+    };
+  } catch (error) {
+    remove();
+    throw error;
+  }
+};
+
+/** The bytes of a tensor, decoded when they are asked for. */
+function* elementsOf(dtype: DType, read: () => Tensor): Iterable<Uint8Array> {
+  yield encode(dtype, read().data);
+}
+
 const readGraph = (path: string, options: ModelOptions): Model => {
   const text = readText(path);
   const graph = parseGraph(text, path);
@@ -90,7 +143,7 @@ const readGraph = (path: string, options: ModelOptions): Model => {
     throw new UserError(
       `${path}: weight ${stored.value.name} is in a checkpoint, and a graph has none; write its values in the text, or compile with --no-weights`,
     );
-  const rows = graph.symbols.find((s) => s.name === "T")?.max ?? 1;
+  const rows = graph.symbols.find((s) => s.name === tokenSymbol)?.max ?? 1;
   return {
     graph,
     name: basename(path, ".step3"),

@@ -1,7 +1,18 @@
 import { spawn, spawnSync } from "node:child_process";
 import { createHash } from "node:crypto";
-import { existsSync, mkdirSync, readdirSync, readFileSync, renameSync, rmSync, statSync, writeFileSync } from "node:fs";
-import { availableParallelism } from "node:os";
+import {
+  accessSync,
+  constants,
+  existsSync,
+  mkdirSync,
+  readdirSync,
+  readFileSync,
+  renameSync,
+  rmSync,
+  statSync,
+  writeFileSync,
+} from "node:fs";
+import { availableParallelism, homedir } from "node:os";
 import { join, resolve } from "node:path";
 import type { Manifest } from "../ir/bundle.ts";
 import { UserError } from "../ir/error.ts";
@@ -21,32 +32,37 @@ export interface NativeBuild {
  * Builds the runtime and the programs of a bundle with CMake, each once per content and toolchain, in `<bundle>.build/`
  * (or under STEP3C_BUILD_DIR, which many bundles may share). Needs cmake and a C++20 compiler; says so when one is missing.
  * Programs are built for the instruction set `isa`, or the best of this processor: a bundle's own CMake files build for all of them.
+ * `brief`: the bundle is run once and thrown away. Its programs are built in a hurry, and the runtime is kept for the next one.
  */
 export const buildBundle = async (
   bundle: string,
   manifest: Manifest,
   progress: Progress,
   isa: string | undefined = bestIsa(),
+  brief: boolean = false,
 ): Promise<NativeBuild> => {
   const toolchain = findToolchain();
   const root = process.env.STEP3C_BUILD_DIR ?? `${resolve(bundle)}.build`;
-  mkdirSync(root, { recursive: true });
-  const built = async (part: string, product: string, options: readonly string[] = []): Promise<string> => {
+  const built = async (part: string, product: string, options: readonly string[] = [], under = root): Promise<string> => {
+    mkdirSync(under, { recursive: true });
     const source = join(bundle, part);
     const key = createHash("sha256")
       .update([toolchain.id, ...options].join("\n"))
       .update(treeHash(source))
       .digest("hex")
       .slice(0, 16);
-    const directory = join(root, `${part.replace("/", "-")}-${key}`);
+    const directory = join(under, `${part.replace("/", "-")}-${key}`);
     const file = join(directory, product);
     if (!existsSync(file)) await cmake(source, directory, toolchain, options, progress, part);
     if (!existsSync(file)) throw new UserError(`building ${source} gave no ${product}: see ${join(directory, "build.log")}`, 3);
     return file;
   };
-  const forIsa = isa === undefined ? [] : [`-DS3_ISAS=${isa}`, "--no-warn-unused-cli"];
+  const forIsa = [
+    ...(isa === undefined ? [] : [`-DS3_ISAS=${isa}`, "--no-warn-unused-cli"]),
+    ...(brief ? ["-DS3_OPTIMISE=-O1"] : []),
+  ];
   // One after the other: each build already uses all cores.
-  const runner = await built("runtime", "step3-run");
+  const runner = await built("runtime", "step3-run", [], brief ? keptRuntimes(root) : root);
   const attention = await built("programs/attention", "libprogram.so", forIsa);
   const hasFfn = manifest.programs.some((p) => p.role === "ffn");
   const shown: Shown = { toolchain: toolchain.id.replace("\n", ", "), ...(isa === undefined ? {} : { isa }) };
@@ -55,6 +71,19 @@ export const buildBundle = async (
     : { runner, attention, shown };
   qualify(bundle, manifest, "compiled", shown, progress);
   return native;
+};
+
+/** Where runtimes are kept for bundles that are not; where that cannot be written, with the bundle. */
+const keptRuntimes = (otherwise: string): string => {
+  if (process.env.STEP3C_BUILD_DIR !== undefined) return process.env.STEP3C_BUILD_DIR;
+  const kept = join(process.env.XDG_CACHE_HOME ?? join(homedir(), ".cache"), "step3c");
+  try {
+    mkdirSync(kept, { recursive: true });
+    accessSync(kept, constants.W_OK);
+    return kept;
+  } catch {
+    return otherwise;
+  }
 };
 
 /** The best instruction set of the processor that a program knows by name; undefined, for all of them, where it cannot be told. */

@@ -235,6 +235,13 @@ export class Builder implements Build {
     }
   }
 
+  /** A name like this one that nothing has yet. */
+  unused(like: string): string {
+    const name = this.fresh(like, false);
+    this.taken.delete(name);
+    return name;
+  }
+
   private claim(name: string): string {
     if (!identifier.test(name)) throw new Error(`'${name}' is not an identifier`);
     this.free(name);

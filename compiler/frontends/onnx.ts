@@ -199,6 +199,8 @@ export interface OnnxNode {
   readonly attributes: ReadonlyMap<string, OnnxAttribute>;
   /** metadata_props: exporters say which module a node is of */
   readonly metadata: ReadonlyMap<string, string>;
+  /** which of several functions of one name */
+  readonly overload: string;
   /** for errors: where it is, and its name and operator */
   readonly place: string;
 }
@@ -212,18 +214,31 @@ export interface OnnxGraph {
   /** types that the file gives of values within */
   readonly values: ReadonlyMap<string, OnnxType>;
 }
+/** Nodes that stand for a node of another model's. */
+export interface OnnxFunction {
+  readonly inputs: readonly string[];
+  readonly outputs: readonly string[];
+  readonly nodes: readonly OnnxNode[];
+  /** attributes that a caller may leave out, and what they are then */
+  readonly defaults: ReadonlyMap<string, OnnxAttribute>;
+  readonly opsets: ReadonlyMap<string, number>;
+}
 export interface OnnxModel {
   readonly ir: number;
   readonly producer: string;
   /** version of each operator set, "" for ONNX's own */
   readonly opsets: ReadonlyMap<string, number>;
   readonly graph: OnnxGraph;
-  /** of functions: domain and name */
-  readonly functions: readonly string[];
+  /** by domain, name and overload: `domain.name`, `name` or `domain.name:overload` */
+  readonly functions: ReadonlyMap<string, OnnxFunction>;
   readonly metadata: ReadonlyMap<string, string>;
   /** fields that were not read, by place */
   readonly unread: readonly string[];
 }
+
+/** The key of a function in OnnxModel.functions. */
+export const functionName = (domain: string, name: string, overload: string): string =>
+  `${domain === "" || domain === "ai.onnx" ? "" : `${domain}.`}${name}${overload === "" ? "" : `:${overload}`}`;
 
 const mend = "the file is damaged, or holds something else: export the model again";
 const newestIr = 13;
@@ -436,6 +451,7 @@ class Reader {
       outputs: texts(m, "output"),
       attributes,
       metadata: entriesOf(m, "metadata_props"),
+      overload: text(m, "overload"),
       place: where,
     };
   }
@@ -461,18 +477,7 @@ class Reader {
       known.add(name);
       own.add(name);
     }
-    const nodes = list(m, "node").map((n, i) => {
-      const node = this.node(n, `${place}.node[${i}]`, known);
-      const missing = node.inputs.find((v) => v !== "" && !known.has(v));
-      if (missing !== undefined) this.fail(node.place, `it reads '${missing}', which nothing before it makes`);
-      for (const v of node.outputs) {
-        if (v === "") continue;
-        if (own.has(v)) this.fail(node.place, `it makes '${v}', which is there already`);
-        known.add(v);
-        own.add(v);
-      }
-      return node;
-    });
+    const nodes = this.nodes(m, place, known, own);
     const outputs = list(m, "output").map((v, i) => this.value(v, `${place}.output[${i}]`));
     for (const [i, { name }] of outputs.entries())
       if (!known.has(name)) this.fail(`${place}.output[${i}]`, `nothing makes '${name}'`);
@@ -485,6 +490,48 @@ class Reader {
     return { name: text(m, "name"), nodes, inputs, outputs, initialisers, values };
   }
 
+  /** `known`: values that the nodes may read; `own`: those that they may not make again. Both grow by what the nodes make. */
+  private nodes(m: Message, place: string, known: Set<string>, own: Set<string>): readonly OnnxNode[] {
+    return list(m, "node").map((n, i) => {
+      const node = this.node(n, `${place}.node[${i}]`, known);
+      const missing = node.inputs.find((v) => v !== "" && !known.has(v));
+      if (missing !== undefined) this.fail(node.place, `it reads '${missing}', which nothing before it makes`);
+      for (const v of node.outputs) {
+        if (v === "") continue;
+        if (own.has(v)) this.fail(node.place, `it makes '${v}', which is there already`);
+        known.add(v);
+        own.add(v);
+      }
+      return node;
+    });
+  }
+
+  private opsets(m: Message, place: string): ReadonlyMap<string, number> {
+    const opsets = new Map<string, number>();
+    for (const [i, o] of list(m, "opset_import").entries()) {
+      const domain = text(o, "domain") === "ai.onnx" ? "" : text(o, "domain");
+      const version = Number(o.get("version") ?? 0);
+      if (version < 1) this.fail(`${place}opset_import[${i}]`, `version ${version} of '${domain}'`);
+      opsets.set(domain, Math.max(version, opsets.get(domain) ?? 0));
+    }
+    return opsets;
+  }
+
+  private function(m: Message, place: string): OnnxFunction {
+    const [inputs, outputs] = [texts(m, "input"), texts(m, "output")];
+    const known = new Set(inputs);
+    const nodes = this.nodes(m, place, known, new Set(inputs));
+    const nothing = outputs.find((v) => !known.has(v));
+    if (nothing !== undefined) this.fail(place, `nothing makes its output '${nothing}'`);
+    const defaults = new Map(
+      list(m, "attribute_proto").map((a) => [
+        text(a, "name"),
+        this.attribute(a, `${place}: attribute '${text(a, "name")}'`, known),
+      ]),
+    );
+    return { inputs, outputs, nodes, defaults, opsets: this.opsets(m, `${place}.`) };
+  }
+
   model(m: Message, unread: readonly string[]): OnnxModel {
     const ir = Number(m.get("ir_version") ?? 0);
     if (ir < 1) this.fail("ir_version", "it is missing: no ONNX model");
@@ -492,19 +539,18 @@ class Reader {
       throw new UserError(`${this.file}: ir_version: ${ir}, and step3c reads up to ${newestIr}; export for an older one`);
     const graph = m.get("graph") as Message | undefined;
     if (graph === undefined) this.fail("graph", "it is missing");
-    const opsets = new Map<string, number>();
-    for (const [i, o] of list(m, "opset_import").entries()) {
-      const domain = text(o, "domain") === "ai.onnx" ? "" : text(o, "domain");
-      const version = Number(o.get("version") ?? 0);
-      if (version < 1) this.fail(`opset_import[${i}]`, `version ${version} of '${domain}'`);
-      opsets.set(domain, Math.max(version, opsets.get(domain) ?? 0));
+    const functions = new Map<string, OnnxFunction>();
+    for (const [i, f] of list(m, "functions").entries()) {
+      const name = functionName(text(f, "domain"), text(f, "name"), text(f, "overload"));
+      if (functions.has(name)) this.fail(`functions[${i}]`, `'${name}' is there twice`);
+      functions.set(name, this.function(f, `functions[${i}] '${name}'`));
     }
     return {
       ir,
       producer: [text(m, "producer_name"), text(m, "producer_version")].filter((s) => s !== "").join(" "),
-      opsets,
+      opsets: this.opsets(m, ""),
       graph: this.graph(graph as Message, "graph", new Set()),
-      functions: list(m, "functions").map((f) => [text(f, "domain"), text(f, "name")].filter((s) => s !== "").join(".")),
+      functions,
       metadata: entriesOf(m, "metadata_props"),
       unread,
     };

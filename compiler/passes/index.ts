@@ -7,6 +7,7 @@ import { join, type Runs } from "./join.ts";
 import { partition } from "./partition.ts";
 import { type Precision, quantise } from "./quantise.ts";
 import { shard } from "./shard.ts";
+import { tokensPass } from "./tokens.ts";
 
 export interface PassesOptions {
   readonly precision: Precision;
@@ -22,6 +23,8 @@ export interface PassesOptions {
 export const passes = ({ precision, kv, ffn, split, runs }: PassesOptions): readonly Pass[] => [
   // first, so that all that follows sees each thing once
   fold,
+  // before all that asks for rows of tokens
+  tokensPass,
   // before the partition, which weighs the bytes that cross: quantised tokens are smaller, and are quantised before they leave
   quantise({ weights: precision, kv }),
   partition({ ffnRanks: ffn }),

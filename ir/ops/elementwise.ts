@@ -111,10 +111,9 @@ const wrapped = (to: DType, v: Scalar): Scalar => {
   if (isFloat(to)) return v;
   const modulus = 2 ** (8 * dtypeBytes(to));
   const rest = bin("fmod", un("trunc", v), lit(modulus));
-  const above: Scalar = { op: "select", if: bin("lt", rest, lit(0)), x: bin("add", rest, lit(modulus)), y: rest };
-  return to.startsWith("u")
-    ? above
-    : { op: "select", if: bin("le", lit(modulus / 2), above), x: bin("sub", above, lit(modulus)), y: above };
+  const least = to.startsWith("u") ? 0 : -modulus / 2;
+  const raised: Scalar = { op: "select", if: bin("lt", rest, lit(least)), x: bin("add", rest, lit(modulus)), y: rest };
+  return { op: "select", if: bin("le", lit(least + modulus), rest), x: bin("sub", rest, lit(modulus)), y: raised };
 };
 
 const wide: readonly DType[] = ["f32", "bf16", "f16"];
