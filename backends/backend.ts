@@ -145,5 +145,6 @@ export {
 export { type Producers, producersOf, recognise } from "./recognise.ts";
 export { dialect, scalarHeader, storage } from "./scalar.ts";
 export { compileTemplate, loadTemplate, loadText, sourceFile, type Template } from "./template.ts";
+export { tensorKernels } from "./tensors.ts";
 export { tokenKernels } from "./tokens.ts";
 export type { Dim, DimSymbol, DType, Graph, KvType, Op, TensorType, Value };

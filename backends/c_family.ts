@@ -15,6 +15,7 @@ import { roundTo } from "../ir/round.ts";
 import { arg, type BinaryScalar, type Scalar, type UnaryScalar, un } from "../ir/scalar.ts";
 import { type DType, type TensorType, typeText } from "../ir/type.ts";
 import type { KernelContext } from "./backend.ts";
+import { tokenSymbol } from "./sizes.ts";
 
 /** How a language spells arithmetic. In patterns, `$0`, `$1`, `$2` stand for operands, which are names, literals or in parentheses. */
 export interface Dialect {
@@ -201,8 +202,7 @@ export const storeElement = (d: Dialect, dtype: DType, pointer: string, index: s
 
 // --- rows ---------------------------------------------------------------------------------------------------------------------
 
-/** The symbol of the token axis: a launch has rows for it, and for nothing else. */
-export const tokenSymbol = "T";
+export { tokenSymbol };
 
 const isRowOp = (kind: string): boolean => knowledge(kind).scalar !== undefined || kind === "reduce" || kind === "spread";
 

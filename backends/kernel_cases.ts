@@ -17,6 +17,8 @@ export interface KernelLaunch {
   readonly kernel: string;
   /** token rows of the one segment */
   readonly rows: number;
+  /** values of the graph's symbols, in their order */
+  readonly dims: readonly number[];
   /** read: bytes given; written: a size in bytes; both: bytes given and wanted back */
   readonly args: readonly ({ readonly read: Uint8Array } | { readonly written: number } | { readonly both: Uint8Array })[];
 }
@@ -87,7 +89,9 @@ export class CaseMemory {
       .filter((v) => changes && v.type.kind === "kv")
       .map((v) => ({ both: this.bytes.get(v.name) as Uint8Array }));
     const written = step.op.outputs.filter((v) => v.type.kind !== "kv").map((v) => ({ written: this.sizeOf(v) }));
-    return { kernel: step.kernel, rows: this.given.given.symbols.get("T") ?? 1, args: [...reads, ...both, ...written] };
+    const { graph, symbols } = this.given.given;
+    const dims = graph.symbols.map((s) => symbols.get(s.name) as number);
+    return { kernel: step.kernel, rows: symbols.get("T") ?? 1, dims, args: [...reads, ...both, ...written] };
   }
 
   keep(step: CaseStep, written: readonly Uint8Array[]): void {

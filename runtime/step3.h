@@ -153,6 +153,7 @@ typedef struct s3_call {
   uint32_t thread, threads;
   void *scratch;                         /* shared by the team */
   void (*barrier)(const struct s3_call *); /* all threads of the team */
+  const int64_t *dims;                   /* values of the graph's symbols, in their order */
 } s3_call;
 typedef void (*s3_kernel)(const s3_call *);
 

@@ -13,6 +13,7 @@ import { checkBackend, type KernelRunner, type SampleResult } from "../backends/
 import { assemble } from "../backends/cpp/assemble.ts";
 import { rowKernel } from "../backends/cpp/rows.ts";
 import { errorOf } from "../backends/kernel_cases.ts";
+import { tensorKernels } from "../backends/tensors.ts";
 import { tokenKernels } from "../backends/tokens.ts";
 import {
   Builder,
@@ -37,7 +38,12 @@ import {
 import { buildProgram, isasOf, runKernels } from "./native.ts";
 
 const root = join(dirname(fileURLToPath(import.meta.url)), "..");
-const kernels: readonly KernelTemplate[] = [...tokenKernels(new URL("../backends/cpp/index.ts", import.meta.url)), rowKernel];
+const templates = new URL("../backends/cpp/index.ts", import.meta.url);
+const kernels: readonly KernelTemplate[] = [
+  ...tokenKernels(templates),
+  rowKernel,
+  ...tensorKernels({ templates, knowsSymbols: true }),
+];
 /** Row kernels have nothing of their own for the matrix unit: amx is avx512 to them. */
 const isas = ["baseline", "avx2", "avx512"];
 const options = [`-DS3_ISAS=${isas.join(";")}`];
@@ -53,7 +59,7 @@ const runner: KernelRunner = {
       run: (isa, launches) =>
         runKernels(
           library,
-          launches.map((l) => ({ kernel: l.kernel, isa, threads: 2, rows: [l.rows], args: l.args })),
+          launches.map((l) => ({ kernel: l.kernel, isa, threads: 2, rows: [l.rows], dims: l.dims, args: l.args })),
         ).map((r) => r.outputs),
     };
   },

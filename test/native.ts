@@ -78,6 +78,8 @@ export interface KernelRun {
   readonly rows: readonly number[];
   /** rows between segments; the most rows of one when absent */
   readonly stride?: number;
+  /** values of the graph's symbols, in their order; none when absent */
+  readonly dims?: readonly number[];
   readonly args: readonly KernelArgument[];
 }
 
@@ -105,7 +107,8 @@ export const runKernels = (library: string, runs: readonly KernelRun[]): readonl
   const request: Uint8Array[] = [u32(runs.length)];
   for (const r of runs) {
     request.push(string(r.kernel), string(r.isa ?? ""), u32(r.threads ?? 1), u32(r.repeats ?? 1));
-    request.push(u32(r.rows.length), u32(r.stride ?? Math.max(0, ...r.rows)), ...r.rows.map(u32), u32(r.args.length));
+    request.push(u32(r.rows.length), u32(r.stride ?? Math.max(0, ...r.rows)), ...r.rows.map(u32));
+    request.push(u32(r.dims?.length ?? 0), ...(r.dims ?? []).map(u64), u32(r.args.length));
     for (const a of r.args) {
       if ("written" in a) request.push(u32(1), u64(a.written));
       else {

@@ -22,7 +22,17 @@ const isas: readonly { readonly name: string; readonly flags: string; readonly e
 /** Kernels that every program has besides its own (ceilings.h): what the processor can do at best. */
 const ceilings = ["ceiling_launch", "ceiling_read", "ceiling_f32", "ceiling_bf16"].map((name) => ({ name, scratch: 0 }));
 
-const headers: readonly string[] = ["formats.h", "rows.h", "choose.h", "simd.h", "panels.h", "contract.h", "attention.h"];
+const headers: readonly string[] = [
+  "formats.h",
+  "rows.h",
+  "tensors.h",
+  "choose.h",
+  "simd.h",
+  "panels.h",
+  "contract.h",
+  "matmul.h",
+  "attention.h",
+];
 
 const part = (name: string): Template => loadTemplate(new URL(`./program/${name}.hbs`, import.meta.url));
 const cmake = part("CMakeLists.txt");

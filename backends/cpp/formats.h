@@ -29,6 +29,9 @@ struct e5m2 { uint8_t bits; };
 S3_INLINE float as_float(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
 S3_INLINE uint32_t as_bits(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
 
+S3_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+S3_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 }  // namespace S3_ISA
 }  // namespace s3
 #endif

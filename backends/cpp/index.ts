@@ -2,6 +2,7 @@
 
 import { type DType, dtypes } from "../../ir/type.ts";
 import type { Backend } from "../backend.ts";
+import { tensorKernels } from "../tensors.ts";
 import { tokenKernels } from "../tokens.ts";
 import { assemble } from "./assemble.ts";
 import { attentionKernels, kv } from "./attention.ts";
@@ -14,7 +15,13 @@ const backend: Backend = {
   device: "cpp",
   arches: ["any"],
   dtypes: dtypes as readonly DType[],
-  kernels: [...linearKernels, ...attentionKernels, ...tokenKernels(new URL(import.meta.url)), rowKernel],
+  kernels: [
+    ...linearKernels,
+    ...attentionKernels,
+    ...tokenKernels(new URL(import.meta.url)),
+    rowKernel,
+    ...tensorKernels({ templates: new URL(import.meta.url), knowsSymbols: true }),
+  ],
   kv,
   assemble,
 };

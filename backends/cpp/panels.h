@@ -9,9 +9,6 @@
 namespace s3 {
 inline namespace S3_ISA {
 
-S3_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-S3_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
 /* --- elements to f32 -------------------------------------------------------------------------------------------------------- */
 
 /* 16 elements, in order, as f32 times `unit_of` their format */

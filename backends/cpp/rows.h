@@ -18,6 +18,14 @@
 namespace s3 {
 inline namespace S3_ISA {
 
+/* rows of all segments together, and what the graph's symbol of that number is */
+S3_INLINE int64_t all_tokens(const s3_call *c) {
+  int64_t tokens = 0;
+  for (uint32_t i = 0; i < c->segments; ++i) tokens += c->heads[i].rows;
+  return tokens;
+}
+S3_INLINE int64_t size_of(const s3_call *c, uint32_t symbol) { return c->dims[symbol]; }
+
 /*
  * The part of this thread of all (row, tile) pairs of a launch, in order: `for (rows r = ...; r.next();)`. A tile is a part of the columns.
  * `row` counts over all segments: segment i starts at row i * stride * per_token.
@@ -111,6 +119,17 @@ S3_INLINE double sum(const double *x, int64_t n) {
   return lane[0];
 }
 
+/* in f64, whose range keeps products of some f32 from vanishing on the way */
+template <class F>
+S3_INLINE F prod(const F *x, int64_t n) {
+  double lane[16];
+  for (int j = 0; j < 16; ++j) lane[j] = 1;
+  for (int64_t i = 0; i < n; ++i) lane[i % 16] *= (double)x[i];
+  for (int width = 8; width > 0; width /= 2)
+    for (int j = 0; j < width; ++j) lane[j] *= lane[j + width];
+  return (F)lane[0];
+}
+
 S3_INLINE float max(const float *x, int64_t n) {
   int32_t m = rising(x[0]);
   for (int64_t i = 1; i < n; ++i) {
@@ -165,6 +184,7 @@ S3_GROUPS(mean)
 S3_GROUPS(max)
 S3_GROUPS(min)
 S3_GROUPS(amax)
+S3_GROUPS(prod)
 #undef S3_GROUPS
 /* the value of every group becomes f of it */
 template <class X, class F>

@@ -4,6 +4,7 @@
  *   u32 runs, then for each run:
  *     string kernel, string isa (u32 length, bytes; an empty isa is the best of this machine)
  *     u32 threads, u32 repeats, u32 segments, u32 stride, u32 rows[segments]
+ *     u32 dims, i64 values[dims] of the graph's symbols
  *     u32 args, then for each: u32 kind (0 read, 1 written, 2 both), u64 bytes, the bytes unless it is only written
  *   answer for each run: string error (empty when all went well), string isa, u64 nanoseconds of the fastest repeat, then the bytes of
  *   each written argument.
@@ -82,7 +83,7 @@ struct team {
 void meet(const s3_call *c) { reinterpret_cast<const team *>(c)->together->arrive_and_wait(); }
 
 std::string run(const s3_program *program, const std::string &kernel, uint32_t threads, uint32_t repeats, uint32_t stride,
-                const std::vector<uint32_t> &rows, std::vector<argument> &arguments, uint64_t &fastest) {
+                const std::vector<uint32_t> &rows, const std::vector<int64_t> &dims, std::vector<argument> &arguments, uint64_t &fastest) {
   const s3_kernel_entry *entry = nullptr;
   for (uint32_t i = 0; i < program->count; ++i)
     if (kernel == program->kernels[i].name) entry = &program->kernels[i];
@@ -104,7 +105,8 @@ std::string run(const s3_program *program, const std::string &kernel, uint32_t t
     std::vector<std::thread> others;
     for (uint32_t t = 0; t < threads; ++t)
       others.emplace_back([&, t] {
-        const team mine = {{addresses.data(), heads.data(), (uint32_t)rows.size(), stride, t, threads, scratch.data, meet}, &together};
+        const team mine = {{addresses.data(), heads.data(), (uint32_t)rows.size(), stride, t, threads, scratch.data, meet, dims.data()},
+                           &together};
         started.arrive_and_wait();
         starts[t] = clock::now();
         entry->run(&mine.call);
@@ -138,6 +140,8 @@ int main(int argc, char **argv) {
     std::vector<uint32_t> rows(read_value<uint32_t>());
     const uint32_t stride = read_value<uint32_t>();
     for (uint32_t &r : rows) r = read_value<uint32_t>();
+    std::vector<int64_t> dims(read_value<uint32_t>());
+    for (int64_t &d : dims) d = read_value<int64_t>();
     std::vector<argument> arguments(read_value<uint32_t>());
     for (argument &a : arguments) {
       a.kind = read_value<uint32_t>();
@@ -148,7 +152,7 @@ int main(int argc, char **argv) {
     const s3_program *const program = find(isa.empty() ? nullptr : isa.c_str());
     uint64_t fastest = 0;
     const std::string error = program == nullptr ? "this machine has no " + isa
-                                                 : run(program, kernel, threads, repeats, stride, rows, arguments, fastest);
+                                                 : run(program, kernel, threads, repeats, stride, rows, dims, arguments, fastest);
     write_string(error);
     write_string(program == nullptr ? "" : program->isa);
     write_value(fastest);
