@@ -61,7 +61,7 @@ describe("every op", () => {
     const core = allKnowledge.filter((k) => !k.scalar && !k.expand).map((k) => k.name);
     const expected =
       "attention bitcast broadcast collect combine concat cumulate dispatch fused gather grouped_linear iota kv_append linear " +
-      "matmul put reduce reshape rotary sample scaled_grouped_linear scaled_linear size slice sort spread take topk transpose";
+      "matmul put reduce reshape rope rotary sample scaled_grouped_linear scaled_linear sdpa size slice sort spread take topk transpose";
     expect(core.sort()).toEqual(expected.split(" "));
   });
 
