@@ -191,7 +191,8 @@ describe("rows", () => {
     expect(one("reduce", [x], { fn: "amax", group: 2 })).toEqual([7, 4, 5, NaN, 3, 4]);
     expect(one("reduce", [x], { fn: "max" })).toEqual([5, NaN]);
     expect(one("reduce", [x], { fn: "mean" })).toEqual([roundTo("f32", 6 / 5), NaN]);
-    expect(() => inferTypes("reduce", [tensor("f32", [3, "T"])], { fn: "sum" })).toThrow("must be a constant");
+    expect(inferTypes("reduce", [tensor("f32", [3, "T"])], { fn: "sum" })).toEqual([tensor("f32", [3, 1])]);
+    expect(() => inferTypes("reduce", [tensor("f32", [3, "T"])], { fn: "sum", group: 2 })).toThrow("must be a constant");
     expect(() => inferTypes("reduce", [tensor("f32", [3, 0])], { fn: "max" })).toThrow("no elements");
   });
 

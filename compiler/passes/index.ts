@@ -6,6 +6,7 @@ import { fuse } from "./fuse.ts";
 import { join, type Runs } from "./join.ts";
 import { partition } from "./partition.ts";
 import { type Precision, quantise } from "./quantise.ts";
+import { recognise } from "./recognise.ts";
 import { shard } from "./shard.ts";
 
 export interface PassesOptions {
@@ -22,6 +23,8 @@ export interface PassesOptions {
 export const passes = ({ precision, kv, ffn, split, runs }: PassesOptions): readonly Pass[] => [
   // first, so that all that follows sees each thing once
   fold,
+  // then, so that all that follows sees ops rather than the pieces that exporters make of them
+  recognise,
   // before the partition, which weighs the bytes that cross: quantised tokens are smaller, and are quantised before they leave
   quantise({ weights: precision, kv }),
   partition({ ffnRanks: ffn }),

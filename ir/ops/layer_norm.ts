@@ -36,7 +36,8 @@ const cast = (b: Build, x: Value, to: DType): Value => (x.type.dtype === to ? x 
 
 export const layerNorm: Knowledge = {
   name: "layer_norm",
-  summary: "x[..., N], w[N], b[N] -> (x - mean x) / sqrt(mean (x - mean x)^2 + eps) in f32, rounded to x's dtype, times w, plus b",
+  summary:
+    "x[..., N], w[N], b[N] -> (x - mean x) / sqrt(mean (x - mean x)^2 + eps) in f32, rounded to x's dtype, times w, plus b",
   attrs: { eps: `added to the variance; ${defaultEps} unless given` },
   inputs: ["x", "w", "b"],
   rowwise: "row",

@@ -56,7 +56,10 @@ interface Sizes {
   readonly rows?: readonly [number, number];
 }
 
-const sample = (name: string, { dtype = "f32", heads: [hq, hkv], dim, out = dim, bias, attrs, rows = [5, 9] }: Sizes): Sample => ({
+const sample = (
+  name: string,
+  { dtype = "f32", heads: [hq, hkv], dim, out = dim, bias, attrs, rows = [5, 9] }: Sizes,
+): Sample => ({
   name,
   inputs: [
     tensor(dtype, ["B", hq, "S", dim]),
@@ -105,8 +108,7 @@ export const sdpa: Knowledge = {
       let max = Number.NEGATIVE_INFINITY;
       for (let j = 0; j < keys; j++) {
         let dot = 0;
-        for (let c = 0; c < dim; c++)
-          dot += (q.data[row * dim + c] as number) * (k.data[(head * keys + j) * dim + c] as number);
+        for (let c = 0; c < dim; c++) dot += (q.data[row * dim + c] as number) * (k.data[(head * keys + j) * dim + c] as number);
         const plain = cap === 0 ? scale * dot : cap * Math.tanh((scale * dot) / cap);
         const at = [b, h, i, j].reduce((sum, index, axis) => sum + index * (step[axis] as number), 0);
         const more = bias?.data[at] ?? 0;
