@@ -1,6 +1,7 @@
 /** Graphs of several symbols: what dimensions are worth, what inputs say, what is allocated, and one bundle at many sizes. */
 import { writeFileSync } from "node:fs";
 import { join } from "node:path";
+import { onnx } from "onnx-proto";
 import { afterAll, describe, expect, test } from "vitest";
 import { certify } from "../compiler/certify.ts";
 import { checkBundle } from "../compiler/check_bundle.ts";
@@ -529,4 +530,63 @@ output r
     );
     await expect(evalGraph(bundle, { input: larger, out, target: "cpp" }, silent)).rejects.toThrow("is compiled for its target");
   });
+});
+
+test("an ONNX model with open dimensions: one bundle, its own names, any size within the limits", {
+  timeout: 300_000,
+}, async () => {
+  shareBuilds();
+  const work = workspace("symbols-onnx");
+  const dims = (...of: readonly (string | number)[]): onnx.ITypeProto => ({
+    tensorType: { elemType: 1, shape: { dim: of.map((d) => (typeof d === "number" ? { dimValue: d } : { dimParam: d })) } },
+  });
+  const graph: onnx.IGraphProto = {
+    name: "open",
+    input: [{ name: "x/in", type: dims("batch", "seq", 4) }],
+    output: [{ name: "out.0", type: dims("batch", 3, "seq") }],
+    initializer: [{ name: "w", dataType: 1, dims: [4, 3], floatData: Array.from({ length: 12 }, (_, i) => (i % 5) - 2) }],
+    node: [
+      { opType: "MatMul", input: ["x/in", "w"], output: ["h"] },
+      { opType: "Relu", input: ["h"], output: ["r"] },
+      {
+        opType: "Transpose",
+        input: ["r"],
+        output: ["out.0"],
+        attribute: [{ name: "perm", type: onnx.AttributeProto.AttributeType.INTS, ints: [0, 2, 1] }],
+      },
+    ],
+  };
+  const [model, bundle, out, file] = ["open.onnx", "open.s3", "out", "x.npy"].map((f) => join(work.path, f)) as string[];
+  try {
+    writeFileSync(
+      model as string,
+      onnx.ModelProto.encode({ irVersion: 8, opsetImport: [{ domain: "", version: 17 }], graph }).finish(),
+    );
+    const limits = new Map([
+      ["batch", [1, 3]],
+      ["seq", [1, 6]],
+    ] as const);
+    await compile(model as string, { ...defaultOptions, dim: limits, out: bundle as string }, silent);
+    for (const [batch, seq] of [
+      [1, 1],
+      [2, 5],
+      [3, 6],
+    ] as const) {
+      const x = drawTensor({ kind: "tensor", dtype: "f32", shape: [batch, seq, 4] }, "normal", randomNumbers(batch));
+      writeNpy(file as string, x);
+      const given = { input: [`x/in=${file}`], out: out as string };
+      await evalGraph(bundle as string, given, silent);
+      const got = readNpy(join(out as string, "out.0.npy"), "f32");
+      await evalGraph(model as string, { ...given, target: "reference" }, silent);
+      const want = readNpy(join(out as string, "out.0.npy"), "f32");
+      expect(got.shape).toEqual([batch, 3, seq]);
+      for (const [i, w] of want.data.entries()) expect(Math.abs((got.data[i] as number) - w)).toBeLessThan(1e-5);
+    }
+    writeNpy(file as string, zeros(2, 7, 4));
+    await expect(evalGraph(bundle as string, { input: [`x/in=${file}`], out: out as string }, silent)).rejects.toThrow(
+      /^input 'x\/in' has size 7 on axis 1 \(seq\); seq is at least 1 and at most 6$/,
+    );
+  } finally {
+    work.remove();
+  }
 });
