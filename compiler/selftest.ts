@@ -22,6 +22,10 @@ const mostFlops = 2e7;
 const drawFor = (op: Op, i: number): Draw => {
   const types = op.inputs.map((v) => v.type);
   if (op.kind === "gather" && i === 1) return { below: (types[0] as TensorType).shape[0] as number };
+  if ((op.kind === "take" || op.kind === "put") && i === 1) {
+    const extent = (types[0] as TensorType).shape[Number(op.attrs.axis ?? 0)];
+    return { below: typeof extent === "number" ? extent : 1 };
+  }
   if (op.kind === "rotary" && i === 2) return { below: (types[1] as TensorType).shape[0] as number };
   if (op.kind.endsWith("grouped_linear") && i === op.inputs.length - 1)
     return {
