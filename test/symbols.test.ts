@@ -437,7 +437,8 @@ scores f32[B,2,S,P+S] = matmul(q, turned)
 gate f32[B,2,S,P+S] = sigmoid(scores)
 y f32[B,2,S,8] = matmul(gate, k)
 z f32[B,S,2,8] = transpose(y) {perm: [0, 2, 1, 3]}
-o f32[B,S,2,8] = add(z, x)
+p f32[B,S,2,8] = softmax(z)
+o f32[B,S,2,8] = add(p, x)
 output o
 output k
 output x
