@@ -107,7 +107,7 @@ const evalBundle = async (bundle: string, options: EvalOptions, progress: Progre
   const given = readInputs(declared, options.input);
   const inputs = new Map(program.inputs.map((v) => [v.name, given.get(nameOf(v.name)) as Tensor]));
   // before anything is built
-  const symbols = symbolsOf(program.symbols, boundOf(program.inputs, inputs));
+  const symbols = symbolsOf(program.symbols, boundOf(program.inputs, inputs), nameOf);
   const native = await buildBundle(bundle, manifest, progress, options.isa);
   const outputs = runOnce(bundle, native, program, inputs, symbols, options.isa);
   qualify(bundle, manifest, "ran", native.shown, progress);
@@ -165,9 +165,14 @@ const boundOf = (wanted: readonly Value[], inputs: ReadonlyMap<string, Tensor>):
   wanted.map((v) => ({ ...v, datum: inputs.get(v.name) as Tensor }));
 
 /** The values of the symbols that the inputs imply, each as declared. */
-const symbolsOf = (declared: readonly DimSymbol[], inputs: readonly Bound[]): Symbols => {
-  const symbols = withDefined(declared, bindSymbols(inputs));
-  checkRanges(declared, inputs, symbols);
+const symbolsOf = (
+  declared: readonly DimSymbol[],
+  inputs: readonly Bound[],
+  nameOf: (input: string) => string = (name) => name,
+): Symbols => {
+  const named = inputs.map((v) => ({ ...v, name: nameOf(v.name) }));
+  const symbols = withDefined(declared, bindSymbols(named));
+  checkRanges(declared, named, symbols);
   return symbols;
 };
 
@@ -181,9 +186,7 @@ interface Program {
 }
 
 const readProgram = (bundle: string): Program => {
-  const { programs } = readJson(join(bundle, "schedule-main.json")) as Schedule;
-  // those of the schedule do not say which are defined by others
-  const { symbols } = readManifest(bundle);
+  const { symbols, programs } = readJson(join(bundle, "schedule-main.json")) as Schedule;
   const buffers = programs[0]?.buffers ?? [];
   const values = (region: Buffer["region"]): readonly Value[] =>
     buffers.flatMap((b) =>
@@ -199,9 +202,11 @@ const runOnce = (
   native: NativeBuild,
   program: Program,
   inputs: ReadonlyMap<string, Tensor>,
-  symbols: Symbols,
+  given: Symbols,
   isa: string | undefined,
 ): Map<string, Tensor> => {
+  // passes define symbols too
+  const symbols = withDefined(program.symbols, given);
   const loose = program.symbols.filter((s) => !symbols.has(s.name));
   const missing = loose.filter((s) => program.used.has(s.name)).map((s) => s.name);
   if (missing.length > 0) unbound(missing, boundOf(program.inputs, inputs));
