@@ -8,14 +8,13 @@
  */
 
 import { Builder } from "../ir/build.ts";
-import { type Dim, dimText, multipleOf } from "../ir/dim.ts";
+import { type Dim, dimText, multipleOf, tokenSymbol } from "../ir/dim.ts";
 import type { Graph, Op, Value } from "../ir/graph.ts";
 import { knowledge } from "../ir/ops/index.ts";
 import { roundTo } from "../ir/round.ts";
 import { arg, type BinaryScalar, type Scalar, type UnaryScalar, un } from "../ir/scalar.ts";
 import { type DType, type TensorType, typeText } from "../ir/type.ts";
 import type { KernelContext } from "./backend.ts";
-import { tokenSymbol } from "./sizes.ts";
 
 /** How a language spells arithmetic. In patterns, `$0`, `$1`, `$2` stand for operands, which are names, literals or in parentheses. */
 export interface Dialect {

@@ -2,16 +2,17 @@
  * Cases for kernels: an op, or an op and the one that fills or reads its cache, on drawn inputs, with what the interpreter makes of them and
  * what a target may differ by. The conformance kit runs them here; as a file they travel with a program and `step3-selftest` runs them there.
  */
-import { evalDim } from "../ir/dim.ts";
+import { evalDim, tokenSymbol } from "../ir/dim.ts";
 import type { Case } from "../ir/draw.ts";
 import { evaluate, kvState } from "../ir/evaluate.ts";
 import type { Op, Value } from "../ir/graph.ts";
 import { unownedRows } from "../ir/ops/grouped.ts";
+import { knowledge } from "../ir/ops/index.ts";
 import { decode, encode, powerOfTwo } from "../ir/round.ts";
 import type { Tensor } from "../ir/tensor.ts";
 import { type DType, dtypeBytes, isFloat, type TensorType } from "../ir/type.ts";
 import type { Inexact, KvLayout, Layout } from "./backend.ts";
-import { isWide } from "./c_family.ts";
+import { isWide, rowsOf } from "./c_family.ts";
 
 export interface KernelLaunch {
   readonly kernel: string;
@@ -19,6 +20,8 @@ export interface KernelLaunch {
   readonly rows: number;
   /** values of the graph's symbols, in their order */
   readonly dims: readonly number[];
+  /** the one of them that is the rows; absent: none is */
+  readonly rowsDim?: number;
   /** read: bytes given; written: a size in bytes; both: bytes given and wanted back */
   readonly args: readonly ({ readonly read: Uint8Array } | { readonly written: number } | { readonly both: Uint8Array })[];
 }
@@ -90,8 +93,14 @@ export class CaseMemory {
       .map((v) => ({ both: this.bytes.get(v.name) as Uint8Array }));
     const written = step.op.outputs.filter((v) => v.type.kind !== "kv").map((v) => ({ written: this.sizeOf(v) }));
     const { graph, symbols } = this.given.given;
-    const dims = graph.symbols.map((s) => symbols.get(s.name) as number);
-    return { kernel: step.kernel, rows: symbols.get("T") ?? 1, dims, args: [...reads, ...both, ...written] };
+    const rowsDim = graph.symbols.findIndex((s) => s.name === tokenSymbol);
+    return {
+      kernel: step.kernel,
+      rows: symbols.get(tokenSymbol) ?? 1,
+      dims: graph.symbols.map((s) => symbols.get(s.name) ?? s.max),
+      ...(rowsDim < 0 ? {} : { rowsDim }),
+      args: [...reads, ...both, ...written],
+    };
   }
 
   keep(step: CaseStep, written: readonly Uint8Array[]): void {
@@ -215,10 +224,21 @@ const argumentsOf = (
   ];
 };
 
+/** Whether an op may be on the FFN side, where the rows of each attention rank are a segment of their own: its tokens are rows, and nothing else varies. */
+const dividesRows = (op: Op): boolean =>
+  knowledge(op.kind).rowwise !== "none" &&
+  [...op.inputs, ...op.outputs].every(
+    ({ type }) =>
+      type.kind === "kv" || type.shape.every((d, axis) => (axis === 0 ? rowsOf(d) !== undefined : typeof d === "number")),
+  );
+
+/** S3_NO_SYMBOL of step3.h */
+const noSymbol = 2 ** 32 - 1;
+
 /** The file of cases that `step3-selftest` runs where the target is. Values are kept as floats: the same bytes on every machine. */
 export const caseFile = (cases: readonly KernelCase[]): Uint8Array => {
   const file = new CaseFile();
-  file.bytes(new TextEncoder().encode("S3KT0001"));
+  file.bytes(new TextEncoder().encode("S3KT0002"));
   file.u32(cases.length);
   for (const c of cases) {
     file.text(c.name);
@@ -226,7 +246,7 @@ export const caseFile = (cases: readonly KernelCase[]): Uint8Array => {
     const buffers = new Buffers();
     const state = c.given.graph.states[0]?.name ?? "";
     const launches = c.steps.map((step) => {
-      const { args, kernel, rows } = memory.launch(step);
+      const { args, ...launch } = memory.launch(step);
       const places = argumentsOf(step, state).map(({ key, isState }, n) =>
         buffers.place(key, args[n] as KernelLaunch["args"][number], isState),
       );
@@ -234,7 +254,7 @@ export const caseFile = (cases: readonly KernelCase[]): Uint8Array => {
         step,
         args.flatMap((a) => ("both" in a ? [a.both] : "written" in a ? [new Uint8Array(a.written)] : [])),
       );
-      return { kernel, rows, places };
+      return { ...launch, divides: dividesRows(step.op), places };
     });
     file.u32(buffers.all.length);
     for (const b of buffers.all) {
@@ -246,6 +266,10 @@ export const caseFile = (cases: readonly KernelCase[]): Uint8Array => {
     for (const l of launches) {
       file.text(l.kernel);
       file.u32(l.rows);
+      file.u8(l.divides ? 1 : 0);
+      file.u32(l.dims.length);
+      for (const value of l.dims) file.u64(value);
+      file.u32(l.rowsDim ?? noSymbol);
       file.u32(l.places.length);
       for (const place of l.places) file.u32(place);
     }

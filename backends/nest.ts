@@ -6,8 +6,8 @@
  * Sizes may be expressions over the graph's symbols. Where tokens are the first axis of all that has them, rows are those of each segment;
  * elsewhere there are as many as all segments have together, one after another.
  */
-import { addDim, type Dim, divDim, mulDim, multipleOf, product } from "../ir/dim.ts";
-import { type Sizes, tokenSymbol } from "./sizes.ts";
+import { addDim, type Dim, divDim, mulDim, multipleOf, product, tokenSymbol } from "../ir/dim.ts";
+import type { Sizes } from "./sizes.ts";
 
 /** How an operand is walked: elements from one index of each axis to the next, and the place of the first. */
 export interface Walk {

@@ -1,9 +1,6 @@
 /** Sizes of tensors in texts of the C family: numbers, and expressions over the values that the graph's symbols have in a launch. */
-import { type Dim, dimSymbols, evalDim } from "../ir/dim.ts";
+import { type Dim, dimSymbols, mostOf, tokenSymbol } from "../ir/dim.ts";
 import type { Target } from "./backend.ts";
-
-/** The symbol of the token axis: a launch counts its rows by segments. */
-export const tokenSymbol = "T";
 
 /** Spells sizes for one kernel and remembers what they need. A symbol's value is a variable, numbered as the graph's symbols are. */
 export class Sizes {
@@ -33,9 +30,9 @@ export class Sizes {
     return made.name;
   }
 
-  /** What a size is when all symbols are as large as they get. */
+  /** What a size never exceeds. */
   largest(d: Dim): string {
-    return String(Math.max(0, evalDim(d, new Map(this.target.symbols.map((s) => [s.name, s.max])))));
+    return String(Math.max(0, mostOf(d, this.target.symbols)));
   }
 
   /** `const int64_t d0 = size_of(c, 0);` for each symbol that a text had */

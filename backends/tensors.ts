@@ -3,7 +3,7 @@
  * none that row kernels take. What a template needs is worked out here; a target brings the templates, `kernels/NAME.hbs`.
  */
 
-import { addDim, ceilDivDim, type Dim, divDim, mulDim, multipleOf, product } from "../ir/dim.ts";
+import { addDim, ceilDivDim, type Dim, divDim, mulDim, multipleOf, product, tokenSymbol } from "../ir/dim.ts";
 import type { Graph, Op, Value } from "../ir/graph.ts";
 import { knowledge } from "../ir/ops/index.ts";
 import { dtypeBytes, isFloat, type TensorType, typeText } from "../ir/type.ts";
@@ -28,7 +28,7 @@ import {
   widening,
 } from "./nest.ts";
 import { dialect, storage } from "./scalar.ts";
-import { Sizes, tokenSymbol } from "./sizes.ts";
+import { Sizes } from "./sizes.ts";
 import { loadTemplate } from "./template.ts";
 
 const typeOf = (values: readonly Value[], i: number): TensorType => values[i]?.type as TensorType;

@@ -168,13 +168,13 @@ runner(program.command("score").description("teacher-forced logits and perplexit
 
 program
   .command("eval")
-  .description("run a graph once on given inputs")
-  .argument("<graph>", "file.step3")
+  .description("run a graph once on given inputs; of a bundle, which is built once, at any sizes that it was compiled for")
+  .argument("<graph>", "file.step3, or a bundle of one")
   .addOption(
     new Option("--input <name=file>", "an input, a .npy file (once for each input)").argParser(collect).default([], "none"),
   )
   .requiredOption("--out <dir>", "where to write <output name>.npy")
-  .option("--target <target>", "reference (the interpreter) or a target", "cpp")
+  .option("--target <target>", "reference (the interpreter) or a target, of a graph (default: cpp)")
   .addOption(new Option("--isa <name>", "instruction set to force").choices(["baseline", "avx2", "avx512", "amx"]))
   .action(async (graph: string, options: EvalOptions) => {
     const { evalGraph } = await import("./eval.ts");

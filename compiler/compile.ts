@@ -91,7 +91,8 @@ export const compile = async (source: string | Model, options: CompileOptions, p
 
     const kv = kvLayout(graph, sides.attention.backend);
     const emission = emit(withHomes(graph), sides, kv);
-    const schedules = makeSchedules(model, emission, sides, kv, options);
+    const outputs = graph.outputs.map((v) => v.name);
+    const schedules = makeSchedules(model, emission, outputs, sides, kv, options);
     if (options.emit === "schedule") return [...printed, ...schedules.map(printSchedule)].join("");
     if (options.emit === "kernels") return [...printed, ...kernelTexts(emission)].join("");
     if (options.explain !== undefined) return [...printed, explainKernel(emission, options.explain, printed.length > 0)].join("");
@@ -133,6 +134,7 @@ const maxRows = (options: CompileOptions): number => Math.max(prefillRows, decod
 const makeSchedules = (
   model: Model,
   emission: Emission,
+  outputs: readonly string[],
   sides: Readonly<Record<Role, Side>>,
   kv: KvLayout | undefined,
   options: CompileOptions,
@@ -147,6 +149,7 @@ const makeSchedules = (
       ffn: { ranks: split ? options.ranks.ffn : 0, target: sides.ffn.backend.name },
       microBatches,
       maxRows: rows,
+      outputs,
       kernelOf: (op) => emission.kernelOf(op).name,
       weightBytes: (weight) => packedBytes(types.get(weight) ?? missing(weight), emission.layoutOf(weight)),
       ...(kv ? { kv: { pageBytes: kv.pageBytes, pages: model.pages } } : {}),

@@ -1,6 +1,6 @@
-/** What a launch of each kernel has to do, as functions of the rows it gets: `costs.json` of a bundle, from what is known of the ops. */
+/** What a launch of each kernel has to do, as functions of the rows it gets, other sizes at their maxima: `costs.json` of a bundle, from what is known of the ops. */
 import { bytesOf } from "../ir/bind.ts";
-import { type Dim, mulDim } from "../ir/dim.ts";
+import { type Dim, mulDim, tokenSymbol } from "../ir/dim.ts";
 import type { Graph, Op, Value } from "../ir/graph.ts";
 import { expertBytes } from "../ir/ops/grouped.ts";
 import { knowledge } from "../ir/ops/index.ts";
@@ -80,14 +80,14 @@ const bytesOfPair = (values: readonly Value[], ids: TensorType): number => {
   const [tokens, choices] = ids.shape as readonly [Dim, number];
   return values.reduce((sum, { type }) => {
     const isOfPairs = type.kind === "tensor" && choices > 1 && type.shape[0] === mulDim(tokens, choices);
-    return isOfPairs ? sum + bytesOf(type, new Map([["T", 1]])) / choices : sum;
+    return isOfPairs ? sum + bytesOf(type, new Map([[tokenSymbol, 1]])) / choices : sum;
   }, 0);
 };
 
 const costOf = (op: Op, graph: Graph): Omit<KernelCost, "about"> => {
   const types = op.inputs.map((v) => v.type);
   const at = (rows: number, context: number): { flops: number; bytes: number } => {
-    const symbols = new Map(graph.symbols.map((s) => [s.name, s.name === "T" ? rows : s.max]));
+    const symbols = new Map(graph.symbols.map((s) => [s.name, s.name === tokenSymbol ? rows : s.max]));
     return knowledge(op.kind).cost(types, op.attrs, symbols.set("context", context), op.body);
   };
   const [none, row, token] = [at(0, 0), at(1, 0), at(1, 1)];

@@ -47,6 +47,7 @@ const inspectGraph = (graph: Graph): string => {
   }
   const lines = [
     `graph ${graph.name}: ${graph.ops.length} ops, ${graph.weights.length} weights, ${graph.states.length} states`,
+    ...graph.symbols.map((s) => `symbol ${s.name} ${s.min}..${s.max}${s.multiple === 1 ? "" : ` multiple ${s.multiple}`}`),
     ...graph.inputs.map((v) => `input ${v.name} ${typeText(v.type)}`),
     ...graph.outputs.map((v) => `output ${v.name} ${typeText(v.type)}`),
     ...[...counts].sort(([a], [b]) => (a < b ? -1 : 1)).map(([key, count]) => `${String(count).padStart(6)} ${key}`),

@@ -4,6 +4,7 @@ import { tmpdir } from "node:os";
 import { basename, dirname, join, resolve } from "node:path";
 import type { KvLayout } from "../backends/backend.ts";
 import type { ModelFacts } from "../ir/bundle.ts";
+import { tokenSymbol } from "../ir/dim.ts";
 import { UserError } from "../ir/error.ts";
 import type { Graph } from "../ir/graph.ts";
 import { parseGraph } from "../ir/parse.ts";
@@ -34,8 +35,6 @@ export interface Model {
   readonly checkpoint?: Checkpoint;
   /** what stands for the weights' bytes in the source hash when they are drawn */
   readonly configuration: string;
-  /** of an ONNX model: its names for inputs and outputs, by the graph's */
-  readonly names?: ReadonlyMap<string, string>;
   /** where tokenizer files may be */
   readonly directory?: string;
   close(): void;
@@ -109,17 +108,17 @@ export const onnxModel = (
     if (entries.length > 0) writeSafetensors(join(directory, "model.safetensors"), entries);
     const checkpoint = entries.length > 0 ? openCheckpoint(directory) : undefined;
     const rows = graph.symbols.find((s) => s.name === "T")?.max ?? 1;
+    const renamed = [...names].filter(([own, name]) => own !== name);
     return {
       graph,
       name: basename(path, ".onnx"),
-      facts: { name: graph.name },
+      facts: { name: graph.name, ...(renamed.length > 0 ? { names: Object.fromEntries(renamed) } : {}) },
       language: false,
       rows,
       maxContext: rows,
       pages: 1 + options.maxBatch * rows,
       ...(checkpoint ? { checkpoint } : {}),
       configuration: printGraph(graph),
-      names,
       close: () => {
         checkpoint?.close();
         remove();
@@ -144,7 +143,7 @@ const readGraph = (path: string, options: ModelOptions): Model => {
     throw new UserError(
       `${path}: weight ${stored.value.name} is in a checkpoint, and a graph has none; write its values in the text, or compile with --no-weights`,
     );
-  const rows = graph.symbols.find((s) => s.name === "T")?.max ?? 1;
+  const rows = graph.symbols.find((s) => s.name === tokenSymbol)?.max ?? 1;
   return {
     graph,
     name: basename(path, ".step3"),

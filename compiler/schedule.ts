@@ -4,7 +4,7 @@
  * attention rank, launches over the rows of all of them, replies.
  */
 
-import { type Dim, type DimSymbol, evalDim, multipleOf } from "../ir/dim.ts";
+import { type Dim, type DimSymbol, dimSymbols, mostOf, multipleOf, tokenSymbol } from "../ir/dim.ts";
 import { UserError } from "../ir/error.ts";
 import type { Graph, Op, Value } from "../ir/graph.ts";
 import {
@@ -37,6 +37,8 @@ export interface ScheduleOptions {
   readonly microBatches: number;
   /** most rows (values of the symbol T) of one slot of one attention rank */
   readonly maxRows: number;
+  /** names of the graph's outputs for the host, where they are others (withHomes gives an output that is also an input one of its own) */
+  readonly outputs?: readonly string[];
   /** symbol of the kernel that does an op */
   kernelOf(op: Op): string;
   /** packed bytes of a weight; its buffer is padded to a multiple of 64 */
@@ -44,9 +46,6 @@ export interface ScheduleOptions {
   /** page geometry of the KV pools; needed when the graph has states */
   readonly kv?: { readonly pageBytes: number; readonly pages: number };
 }
-
-/** The symbol of the rows. */
-const rowSymbol = "T";
 
 /** What one slot of an attention rank does, in order. */
 type Item =
@@ -85,9 +84,12 @@ export const schedule = (graph: Graph, options: ScheduleOptions): Schedule => {
   ] as const)
     if (!Number.isInteger(n) || n < low || n > high) throw new UserError(`${n} ${what}: choose ${low} to ${high}`);
 
-  const symbols = graph.symbols.map((s): DimSymbol => (s.name === rowSymbol ? { ...s, max: options.maxRows } : s));
+  const symbols = graph.symbols.map(
+    ({ is: _, ...s }): DimSymbol => (s.name === tokenSymbol ? { ...s, max: options.maxRows } : s),
+  );
   const sizes = sizer(symbols);
   const flow = readFlow(graph, ffn.ranks);
+  for (const op of [...flow.dispatches, ...flow.collects, ...flow.blocks.flat(2)]) onlyTokensVary(op);
   const transfers = planTransfers(flow, sizes);
   const { types, exchanges, push, pull } = transfers;
   const slots = [...Array(microBatches).keys()];
@@ -193,27 +195,34 @@ const ranksOf = (graph: Graph): number =>
 // --- sizes ---------------------------------------------------------------------------------------------------------------------
 
 interface Sizes {
-  /** bytes of a tensor at the maxima of its symbols */
+  /** bytes of a tensor at its largest; a UserError when no memory has as many */
   bytes(type: TensorType): number;
   /** whether its first axis is rows, so that an FFN rank has one segment of them for each attention rank */
   isRows(type: TensorType): boolean;
 }
 
+/** Of one buffer; what the runtime takes too. */
+const mostBytes = 2 ** 46;
+
 const sizer = (symbols: readonly DimSymbol[]): Sizes => {
-  const maxima = new Map(symbols.map((s) => [s.name, s.max]));
   const extents = new Map<Dim, number>();
   const rows = new Map<Dim, boolean>();
   const extent = (d: Dim): number => {
     if (typeof d === "number") return d;
-    const n = extents.get(d) ?? evalDim(d, maxima);
+    const n = extents.get(d) ?? mostOf(d, symbols);
     extents.set(d, n);
     return n;
   };
   return {
-    bytes: (type) => type.shape.reduce((n: number, d) => n * extent(d), dtypeBytes(type.dtype)),
+    bytes: (type) => {
+      const bytes = type.shape.reduce((n: number, d) => n * extent(d), dtypeBytes(type.dtype));
+      if (bytes > mostBytes)
+        throw new UserError(`${typeText(type)} has ${bytes} bytes when its symbols are at their largest; declare smaller maxima`);
+      return bytes;
+    },
     isRows: ({ shape: [d] }) => {
       if (d === undefined || typeof d === "number") return false;
-      const is = rows.get(d) ?? multipleOf(d, rowSymbol) !== undefined;
+      const is = rows.get(d) ?? multipleOf(d, tokenSymbol) !== undefined;
       rows.set(d, is);
       return is;
     },
@@ -248,6 +257,17 @@ const ffnRank = (op: Op, ranks: number): number | undefined => {
   if (op.place === "ffn" || !Number.isInteger(f) || f >= ranks)
     return fail(`${describe(op)} is placed on ${op.place}, of ${ranks} FFN ranks`);
   return f;
+};
+
+/** FFN ranks know the rows of each message, and no other size. */
+const onlyTokensVary = (op: Op): void => {
+  for (const { name, type } of [...op.inputs, ...op.outputs]) {
+    const other = type.kind === "kv" ? undefined : type.shape.flatMap(dimSymbols).find((s) => s !== tokenSymbol);
+    if (other !== undefined)
+      throw new UserError(
+        `${describe(op)}: '${name}' ${typeText(type)} depends on ${other}, and only ${tokenSymbol} varies on FFN ranks; keep the op on the attention side (--ranks 1A0F keeps all)`,
+      );
+  }
 };
 
 /** Stages and blocks by what depends on what; the order of the graph decides only among ops of one stage. */
@@ -748,15 +768,14 @@ const attentionProgram = (context: Context): Program => {
         );
   }
   for (const region of ["input", "output"] as const)
-    for (const value of region === "input" ? graph.inputs : graph.outputs) {
+    for (const [i, value] of (region === "input" ? graph.inputs : graph.outputs).entries()) {
       const { type, name } = value;
+      const binds = region === "input" ? name : (options.outputs?.[i] ?? name);
       if (type.kind !== "tensor") return fail(`${region} ${name} is a state`);
       if (memory.known(name)) return fail(`output ${name} is also an input or a weight; it needs a copy (withHomes)`);
       memory.bind(
         name,
-        slots.map((slot) =>
-          memory.add(`${region === "input" ? "in" : "out"}${slot}.${name}`, region, type, { slot, binds: name }),
-        ),
+        slots.map((slot) => memory.add(`${region === "input" ? "in" : "out"}${slot}.${binds}`, region, type, { slot, binds })),
       );
     }
   flow.dispatches.forEach((op, e) => {

@@ -6,6 +6,7 @@
 import type { KvLayout, Layout } from "../backends/backend.ts";
 import { caseFile, type KernelCase } from "../backends/kernel_cases.ts";
 import { bytesOf, concrete } from "../ir/bind.ts";
+import { type DimSymbol, evalDim } from "../ir/dim.ts";
 import { type Draw, drawTensor, randomNumbers } from "../ir/draw.ts";
 import type { Graph, Op, Value } from "../ir/graph.ts";
 import { knowledge } from "../ir/ops/index.ts";
@@ -21,6 +22,10 @@ const mostFlops = 2e7;
 const drawFor = (op: Op, i: number): Draw => {
   const types = op.inputs.map((v) => v.type);
   if (op.kind === "gather" && i === 1) return { below: (types[0] as TensorType).shape[0] as number };
+  if ((op.kind === "take" || op.kind === "put") && i === 1) {
+    const extent = (types[0] as TensorType).shape[Number(op.attrs.axis ?? 0)];
+    return { below: typeof extent === "number" ? extent : 1 };
+  }
   if (op.kind === "rotary" && i === 2) return { below: (types[1] as TensorType).shape[0] as number };
   if (op.kind.endsWith("grouped_linear") && i === op.inputs.length - 1)
     return {
@@ -68,11 +73,20 @@ const opsOf = (graph: Graph, op: Op): readonly Op[] | undefined => {
   return reader && [op, reader];
 };
 
+/** A small value of a symbol. */
+const fewOf = ({ min, max, multiple }: DimSymbol): number => {
+  const wanted = Math.max(min, Math.min(Math.max(mostRows, multiple), max));
+  return Math.max(Math.floor(wanted / multiple) * multiple, Math.ceil(min / multiple) * multiple);
+};
+
 const caseOf = (emission: Emission, op: Op, kv: KvLayout | undefined): KernelCase | undefined => {
   const { graph } = emission;
   const ops = opsOf(graph, op);
   if (ops === undefined) return undefined;
-  const symbols = new Map(graph.symbols.map((s) => [s.name, Math.max(s.min, Math.min(mostRows, s.max))]));
+  const symbols = new Map(graph.symbols.map((s) => [s.name, fewOf(s)]));
+  // expressions such as S-P are no sizes with all values
+  const types = ops.flatMap((o) => [...o.inputs, ...o.outputs].map((v) => v.type));
+  if (types.some((t) => t.kind !== "kv" && t.shape.some((d) => evalDim(d, symbols) < 0))) return undefined;
   const random = randomNumbers(1);
   const made = new Set(ops.flatMap((o) => o.outputs.map((v) => v.name)));
   const inputs = new Map<string, Tensor>();

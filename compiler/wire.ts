@@ -1,6 +1,7 @@
 /** The wire contract: what two sides must agree on to talk. Kernels, buffers and offsets are not in it, so one side can be rebuilt alone. */
 import { createHash } from "node:crypto";
 import type { Manifest } from "../ir/bundle.ts";
+import { tokenSymbol } from "../ir/dim.ts";
 import { canonicalJson, type Json } from "../ir/json.ts";
 import type { Field, Schedule } from "../ir/schedule.ts";
 
@@ -32,7 +33,7 @@ const exchangesOf = (s: Schedule): Json => {
   return {
     name: s.name,
     slots: s.slots,
-    rows: s.symbols.find((x) => x.name === "T")?.max ?? 0,
+    rows: s.symbols.find((x) => x.name === tokenSymbol)?.max ?? 0,
     exchanges: s.exchanges,
     types: s.types.map((t) => ({ name: t.name, push: t.push.map(field), pull: t.pull.map(field) })),
     keys: s.keys.map(({ key, direction, a, f, slot, field: name }) => ({ key, direction, a, f, slot, field: name })),

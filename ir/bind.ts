@@ -1,5 +1,5 @@
 /** Giving symbols their values: concrete types, sizes in bytes, and the symbols that concrete shapes imply. */
-import { type Dim, dimSymbols, dimText, evalDim, multipleOf } from "./dim.ts";
+import { type Dim, type DimSymbol, dimSymbols, dimText, evalDim, solveDim } from "./dim.ts";
 import { UserError } from "./error.ts";
 import type { Cost, Datum } from "./op.ts";
 import type { Tensor } from "./tensor.ts";
@@ -11,10 +11,14 @@ export interface ConcreteTensor extends TensorType {
   readonly shape: readonly number[];
 }
 
-/** The type with numbers for dims. */
+/** The type with numbers for dims; a UserError when one is negative. */
 export const concrete = (t: TensorType, symbols: Symbols): ConcreteTensor => ({
   ...t,
-  shape: t.shape.map((d) => evalDim(d, symbols)),
+  shape: t.shape.map((d) => {
+    const size = evalDim(d, symbols);
+    if (size < 0) throw new UserError(`${typeText(t)}${symbolText(t, symbols)}: dimension '${d}' is ${size}`);
+    return size;
+  }),
 });
 
 /** Elements of a tensor type once its symbols have values; 0 for a state, whose size the graph does not know. */
@@ -29,41 +33,85 @@ export const cost = (flops: number, types: readonly Type[], symbols: Symbols): C
   bytes: types.reduce((n, t) => n + bytesOf(t, symbols), 0),
 });
 
-const dimOf = (d: Dim, size: number, symbols: Map<string, number>): boolean => {
-  const names = dimSymbols(d).filter((s) => !symbols.has(s));
-  if (names.length === 0) return evalDim(d, symbols) === size;
-  const name = names[0] as string;
-  const factor = names.length === 1 ? multipleOf(d, name) : undefined;
-  if (factor === undefined) return true;
-  if (size % factor !== 0) return false;
-  symbols.set(name, size / factor);
-  return true;
+/** The symbols that others define, added to those given. */
+export const withDefined = (symbols: readonly DimSymbol[], values: Symbols): Symbols => {
+  const all = new Map(values);
+  for (const s of symbols) if (s.is !== undefined && !all.has(s.name)) all.set(s.name, evalDim(s.is, all));
+  return all;
 };
 
+/** A value with its type and what it holds. */
+export interface Bound {
+  readonly name: string;
+  readonly type: Type;
+  readonly datum: Datum;
+}
+
 /**
- * The symbols that shapes imply, added to those given: a dim `T` or `3*T` against a size settles T; other expressions are checked once
- * their symbols are known. Throws a UserError naming the value whose shape, dtype or rank does not fit.
+ * The symbols that shapes imply, added to those given. A size settles a symbol that is just multiplied and added to in its dim, once the others
+ * there have values: `T`, `3*T`, or `P+S` where another shape says what S is. Other expressions are checked once their symbols are known.
+ * Throws a UserError naming the value whose shape, dtype or rank does not fit.
  */
-export const bindSymbols = (
-  pairs: readonly { readonly name: string; readonly type: Type; readonly datum: Datum }[],
-  given: Symbols = new Map(),
-): Symbols => {
+export const bindSymbols = (pairs: readonly Bound[], given: Symbols = new Map()): Symbols => {
   const symbols = new Map(given);
-  const misfit = (name: string, type: Type, got: string): never => {
-    throw new UserError(`'${name}' should be ${typeText(type)}${symbolText(type, symbols)}, got ${got}`);
+  const misfit = ({ name, type, datum }: Bound): never => {
+    const got = datum.kind === "kv" ? "a state" : typeText({ kind: "tensor", dtype: datum.dtype, shape: datum.shape });
+    throw new UserError(
+      `'${name}' should be ${typeText(type)}${symbolText(type, symbols)}, got ${type.kind === "kv" && datum.kind !== "kv" ? "a tensor" : got}`,
+    );
   };
-  // twice: the second time checks the expressions whose symbols a later value settled
-  for (let pass = 0; pass < 2; pass++)
-    for (const { name, type, datum } of pairs) {
-      if (type.kind !== datum.kind) misfit(name, type, datum.kind === "kv" ? "a state" : "a tensor");
-      if (type.kind === "kv" || datum.kind === "kv") continue;
-      const got = (): string => typeText({ kind: "tensor", dtype: datum.dtype, shape: datum.shape });
-      if (type.dtype !== datum.dtype || type.shape.length !== datum.shape.length) misfit(name, type, got());
-      type.shape.forEach((d, i) => {
-        if (!dimOf(d, datum.shape[i] as number, symbols)) misfit(name, type, got());
-      });
-    }
+  for (const pair of pairs) {
+    const { type, datum } = pair;
+    if (type.kind !== datum.kind) misfit(pair);
+    if (type.kind === "kv" || datum.kind === "kv") continue;
+    if (type.dtype !== datum.dtype || type.shape.length !== datum.shape.length) misfit(pair);
+  }
+  const unknown = (d: Dim): string[] => dimSymbols(d).filter((s) => !symbols.has(s));
+  for (let settled = true; settled; ) {
+    settled = false;
+    for (const pair of pairs)
+      for (const { dim, size } of axesOf(pair)) {
+        const [name, ...others] = unknown(dim);
+        if (name === undefined || others.length > 0) continue;
+        const value = solveDim(dim, size, name, symbols);
+        if (value === undefined) continue;
+        if (!Number.isInteger(value) || value < 0) misfit(pair);
+        symbols.set(name, value);
+        settled = true;
+      }
+  }
+  for (const pair of pairs)
+    for (const { dim, size } of axesOf(pair)) if (unknown(dim).length === 0 && evalDim(dim, symbols) !== size) misfit(pair);
   return symbols;
+};
+
+const axesOf = ({ type, datum }: Bound): readonly { readonly dim: Dim; readonly size: number }[] =>
+  type.kind === "kv" || datum.kind === "kv" ? [] : type.shape.map((dim, i) => ({ dim, size: datum.shape[i] as number }));
+
+/** Throws a UserError that says where symbols, which have no values, stand. */
+export const unbound = (names: readonly string[], pairs: readonly Bound[]): never => {
+  const where = pairs.filter(
+    ({ type }) => type.kind !== "kv" && type.shape.some((d) => dimSymbols(d).some((s) => names.includes(s))),
+  );
+  throw new UserError(
+    `the sizes of the inputs do not say what ${names.join(" and ")} ${names.length > 1 ? "are" : "is"}${where.length === 0 ? ": no input has such a dimension" : `, from ${where.map(({ name, type }) => `'${name}' ${typeText(type)}`).join(", ")} alone`}`,
+  );
+};
+
+/** Throws a UserError that names input, axis, size and limit when the value of a symbol that shapes imply is none that was declared. */
+export const checkRanges = (declared: readonly DimSymbol[], pairs: readonly Bound[], values: Symbols): void => {
+  for (const { name, min, max, multiple } of declared) {
+    const value = values.get(name);
+    if (value === undefined || (value >= min && value <= max && value % multiple === 0)) continue;
+    const places = pairs.flatMap((pair) => axesOf(pair).map(({ dim, size }, axis) => ({ input: pair.name, axis, dim, size })));
+    const place = places.find(({ dim }) => dim === name) ?? places.find(({ dim }) => dimSymbols(dim).includes(name));
+    const where = place === undefined ? "" : `input '${place.input}' has size ${place.size} on axis ${place.axis}`;
+    const so =
+      place?.dim === name ? ` (${name})` : `${place === undefined ? "" : ` (${place.dim}), so that `}${name} is ${value}`;
+    throw new UserError(
+      `${where}${so}; ${name} is at least ${min} and at most ${max}${multiple === 1 ? "" : `, a multiple of ${multiple}`}`,
+    );
+  }
 };
 
 const symbolText = (type: Type, symbols: Symbols): string => {

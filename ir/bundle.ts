@@ -36,6 +36,8 @@ export interface ModelFacts {
   /** token ids the text model cannot take, and why (`image token: this bundle has no vision tower`) */
   readonly refused?: readonly { readonly id: number; readonly why: string }[];
   readonly layers?: number;
+  /** of an ONNX model: its names for inputs and outputs, by the graph's, where they differ */
+  readonly names?: Readonly<Record<string, string>>;
 }
 
 export interface ProgramFacts {

@@ -1,6 +1,17 @@
 /** Part of the independent checker (check.ts): the buffers of one rank, where they lie and how launches read and write them. */
 
-import { type CheckRule, type Context, form, isIndex, placeText, Rejected, stepText, type WireUse } from "./check_wire.ts";
+import {
+  type CheckRule,
+  type Context,
+  form,
+  isIndex,
+  otherThanTokens,
+  placeText,
+  Rejected,
+  stepText,
+  type WireUse,
+} from "./check_wire.ts";
+import { tokenSymbol } from "./dim.ts";
 import type { Buffer, RankProgram, Step } from "./schedule.ts";
 import { dtypeBytes, dtypes } from "./type.ts";
 
@@ -56,12 +67,23 @@ export const layOut = (program: RankProgram, context: Context, alike: Layout | u
     const b = buffers[id] as Buffer;
     if (roomy && alike.buffers[id] === b) continue; // found right before
     const { name, region, offset, bytes } = b;
-    if (!(b.dtype in widths) || !Array.isArray(b.shape) || !isIndex(offset, 2 ** 53) || !isIndex(bytes, 2 ** 53) || bytes === 0)
+    if (
+      !(b.dtype in widths) ||
+      !Array.isArray(b.shape) ||
+      !isIndex(offset, 2 ** 53) ||
+      !isIndex(bytes, 2 ** 53) ||
+      (bytes === 0 && region === "exchange")
+    )
       throw new Rejected("form", [`${rank.name}: buffer ${name} is not well formed`]);
     if (b.slot !== undefined && !isIndex(b.slot, context.slots))
       throw new Rejected("slot", [`${rank.name}: ${placeText(b)} is of slot ${b.slot}, of ${context.slots} slots`]);
     const use = names.wires[id];
     if (use) sendable(rank.name, b, use, segments);
+    const unknown = rank.role === "ffn" ? otherThanTokens(b.shape) : undefined;
+    if (unknown !== undefined)
+      throw new Rejected("length", [
+        `${rank.name}: ${name} ${b.dtype}[${b.shape.join(",")}] depends on ${unknown}, and FFN ranks are told the rows (${tokenSymbol}) only`,
+      ]);
     if (region !== "weights" && region !== "state") {
       const size = context.elements(b.shape) * (widths[b.dtype] as number);
       if (bytes !== size * b.segments || (b.segments !== 1 && b.segments !== segments))

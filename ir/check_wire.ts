@@ -1,7 +1,7 @@
 /**
  * Part of the independent checker (check.ts): how it says no, and what a schedule declares for all ranks: exchanges, fields, keys.
  */
-import { type Dim, evalDim } from "./dim.ts";
+import { type Dim, dimSymbols, mostOf, tokenSymbol } from "./dim.ts";
 import { type Buffer, type Field, headerBytes, type RankProgram, type Schedule, type Step } from "./schedule.ts";
 import { dtypeBytes, dtypes } from "./type.ts";
 
@@ -116,6 +116,12 @@ export const form = (holds: boolean, line: string): void => {
 export const isIndex = (n: unknown, below: number): n is number =>
   typeof n === "number" && Number.isInteger(n) && n >= 0 && n < below;
 
+/** A symbol, if any, on which a shape depends besides the rows. */
+export const otherThanTokens = (shape: readonly Dim[]): string | undefined =>
+  shape.every((d) => typeof d === "number" || d === tokenSymbol)
+    ? undefined
+    : shape.flatMap(dimSymbols).find((s) => s !== tokenSymbol);
+
 export const readContext = (schedule: Schedule): Context => {
   const { slots, exchanges, types, keys, programs, symbols } = schedule;
   form(schedule.abi === 1, `abi ${String(schedule.abi)}: this checker knows abi 1`);
@@ -147,17 +153,21 @@ export const readContext = (schedule: Schedule): Context => {
     `${exchanges.length} exchanges of ${slots} slots on ${programs.length} ranks`,
   );
 
-  const maxima = new Map<string, number>();
-  for (const s of symbols) {
-    form(typeof s.name === "string" && isIndex(s.max, 2 ** 31), `symbol ${String(s.name)} has no maximum`);
-    maxima.set(s.name, s.max);
+  const declared = new Set<string>();
+  for (const { name, min, max } of symbols) {
+    form(
+      typeof name === "string" && isIndex(max, 2 ** 31) && isIndex(min, max + 1),
+      `symbol ${String(name)} has no range: ${String(min)}..${String(max)}`,
+    );
+    form(!declared.has(name), `symbol ${name} is declared twice`);
+    declared.add(name);
   }
   const extents = new Map<Dim, number>();
   const extent = (d: Dim): number => {
     let n = typeof d === "number" ? d : extents.get(d);
     if (n === undefined) {
       try {
-        n = evalDim(d, maxima);
+        n = mostOf(d, symbols);
       } catch (error) {
         throw new Rejected("form", [(error as Error).message]);
       }
@@ -180,6 +190,11 @@ export const readContext = (schedule: Schedule): Context => {
       typeof name === "string" && dtypes.includes(dtype) && Array.isArray(shape),
       `${where}: field ${String(name)} is not well formed`,
     );
+    const other = otherThanTokens(shape);
+    if (other !== undefined)
+      throw new Rejected("length", [
+        `${where}: field ${name} ${dtype}[${shape.join(",")}] depends on ${other}, and a header tells the rows (${tokenSymbol}) only`,
+      ]);
     const size = elements(shape) * dtypeBytes(dtype);
     if (size !== bytes)
       throw new Rejected("length", [`${where}: field ${name} ${dtype}[${shape.join(",")}] has ${size} bytes, and says ${bytes}`]);

@@ -5,6 +5,9 @@
  */
 export type Dim = number | string;
 
+/** The symbol of the token axis: kernels find the rows of each segment in its header, and only they travel between ranks. */
+export const tokenSymbol = "T";
+
 /** A declared size. `source` says who knows it at run time; allocation uses `max`. */
 export interface DimSymbol {
   readonly name: string;
@@ -12,6 +15,8 @@ export interface DimSymbol {
   readonly max: number;
   readonly multiple: number;
   readonly source: "host" | "device";
+  /** its value, where other symbols define it */
+  readonly is?: Dim;
 }
 
 /** coefficient by monomial; a monomial is its sorted atoms joined by `*`, the constant term is the empty monomial */
@@ -67,7 +72,9 @@ const render = (p: Polynomial): Dim => {
   let text = "";
   for (const m of monomials) {
     const c = p.get(m) as number;
-    const magnitude = Math.abs(c) === 1 ? m : `${Math.abs(c)}*${m}`;
+    // a quotient is in parentheses where it does not come first: what is before it is not divided
+    const factors = [...(Math.abs(c) === 1 ? [] : [String(Math.abs(c))]), ...splitAtoms(m)];
+    const magnitude = factors.map((f, i) => (i > 0 && f.startsWith("(") ? `(${f})` : f)).join("*");
     text += c < 0 ? `-${magnitude}` : `${text === "" ? "" : "+"}${magnitude}`;
   }
   if (constantTerm !== 0) text += constantTerm < 0 ? String(constantTerm) : `+${constantTerm}`;
@@ -166,14 +173,69 @@ export const evalDim = (d: Dim, values: ReadonlyMap<string, number>): number => 
   for (const [monomial, coefficient] of read(d)) {
     let term = coefficient;
     for (const atom of splitAtoms(monomial)) {
-      const quotient = /^\((.*)\)\/(\d+)$/.exec(atom);
-      const value = quotient ? Math.floor(evalDim(quotient[1] as string, values) / Number(quotient[2])) : values.get(atom);
+      const quotient = quotientOf(atom);
+      const value = quotient ? Math.floor(evalDim(quotient.of, values) / quotient.by) : values.get(atom);
       if (value === undefined) throw new Error(`dimension '${d}': symbol '${atom}' has no value`);
       term *= value;
     }
     sum += term;
   }
   return sum;
+};
+
+/** What a dim never exceeds, whatever its symbols are within their ranges; throws when a symbol is not declared. */
+export const mostOf = (d: Dim, symbols: readonly DimSymbol[]): number => rangeOf(d, symbols)[1];
+
+type Range = readonly [least: number, most: number];
+
+const rangeOf = (d: Dim, symbols: readonly DimSymbol[]): Range => {
+  if (typeof d === "number") return [d, d];
+  let [least, most] = [0, 0];
+  for (const [monomial, coefficient] of read(d)) {
+    let term: Range = [coefficient, coefficient];
+    for (const atom of splitAtoms(monomial)) {
+      const range = atomRange(atom, symbols);
+      const ends = term.flatMap((a) => range.map((b) => a * b));
+      term = [Math.min(...ends), Math.max(...ends)];
+    }
+    least += term[0];
+    most += term[1];
+  }
+  return [least, most];
+};
+
+const atomRange = (atom: string, symbols: readonly DimSymbol[]): Range => {
+  const quotient = quotientOf(atom);
+  if (quotient !== undefined) {
+    const [least, most] = rangeOf(quotient.of, symbols);
+    return [Math.floor(least / quotient.by), Math.floor(most / quotient.by)];
+  }
+  const symbol = symbols.find((s) => s.name === atom);
+  if (symbol === undefined) throw new Error(`symbol '${atom}' is not declared`);
+  return [symbol.min, symbol.max];
+};
+
+/** The parts of an atom that is a floor division. */
+const quotientOf = (atom: string): { readonly of: string; readonly by: number } | undefined => {
+  const parts = /^\((.*)\)\/(\d+)$/.exec(atom);
+  return parts ? { of: parts[1] as string, by: Number(parts[2]) } : undefined;
+};
+
+/**
+ * The value of the one symbol without a value that makes a dim equal to `size`; may be no whole number, or negative. Undefined when every value
+ * does, or none, or when the symbol is not just multiplied and added to.
+ */
+export const solveDim = (d: Dim, size: number, unknown: string, values: ReadonlyMap<string, number>): number | undefined => {
+  let [factor, rest] = [0, 0];
+  for (const [monomial, coefficient] of read(d)) {
+    const atoms = splitAtoms(monomial);
+    const others = atoms.filter((atom) => atom !== unknown);
+    if (atoms.length - others.length > 1 || others.some((atom) => dimSymbols(atom).includes(unknown))) return undefined;
+    const value = others.reduce((n, atom) => n * evalDim(atom, values), coefficient);
+    if (others.length < atoms.length) factor += value;
+    else rest += value;
+  }
+  return factor === 0 ? undefined : (size - rest) / factor;
 };
 
 /** The names of the symbols a dim mentions. */

@@ -1,4 +1,5 @@
-import { bindSymbols, type Symbols } from "./bind.ts";
+import { bindSymbols, type Symbols, unbound, withDefined } from "./bind.ts";
+import { dimSymbols } from "./dim.ts";
 import { UserError } from "./error.ts";
 import type { Graph, Op, Weight } from "./graph.ts";
 import { interpret } from "./interpret.ts";
@@ -13,7 +14,7 @@ export const kvState = (pageTokens = 16): KvState => ({ kind: "kv", pageTokens, 
 /**
  * The reference interpreter: outputs by name. Double arithmetic, rounded to a value's dtype where the Graph defines a value.
  * Symbols come from `symbols` and from the shapes of the inputs. States are changed in place. `observe` sees every op's results.
- * Throws a UserError when an input, weight or state is missing or does not have its type.
+ * Throws a UserError when an input, weight or state is missing or does not have its type, and when shapes do not say what a symbol is.
  */
 export const evaluate = (
   graph: Graph,
@@ -33,7 +34,14 @@ export const evaluate = (
     ...graph.states.map((v) => ({ ...v, datum: find("state", states, v.name) })),
     ...graph.weights.map((w) => ({ ...w.value, datum: weights(w) })),
   ];
-  const bound = bindSymbols(pairs, symbols);
+  const bound = withDefined(graph.symbols, bindSymbols(pairs, symbols));
+  const loose = graph.symbols.map((s) => s.name).filter((name) => !bound.has(name));
+  if (loose.length > 0) {
+    const types = graph.ops.flatMap((op) => op.outputs.map((v) => v.type));
+    const used = new Set(types.flatMap((t) => (t.kind === "kv" ? [] : t.shape.flatMap(dimSymbols))));
+    const missing = loose.filter((name) => used.has(name));
+    if (missing.length > 0) unbound(missing, pairs);
+  }
   const values = new Map<string, Datum>(pairs.map(({ name, datum }) => [name, datum]));
   interpret(graph.ops, values, bound, knowledge, observe);
   return new Map(graph.outputs.map((v) => [v.name, values.get(v.name) as Tensor]));

@@ -3,7 +3,7 @@
  * does; numbers that JSON has not (inf, -inf, nan, -0) are {"number": "inf"}.
  */
 import type { Attr, Attrs } from "./attr.ts";
-import type { DimSymbol } from "./dim.ts";
+import { type Dim, type DimSymbol, parseDim } from "./dim.ts";
 import { UserError } from "./error.ts";
 import type { Graph, Op, Place, Slice, Value, Weight, WeightSource } from "./graph.ts";
 import { parseType } from "./parse.ts";
@@ -153,6 +153,15 @@ class Reader {
     return Number.isSafeInteger(n) && n >= 0 ? n : this.fail("must be a whole number");
   }
 
+  dim(): Dim {
+    if (typeof this.value === "number") return this.integer();
+    try {
+      return parseDim(this.text());
+    } catch (error) {
+      return this.fail(`is not a dimension: ${(error as Error).message}`);
+    }
+  }
+
   pair(): readonly [number, number] {
     const [a, b, more] = this.list();
     return a && b && !more ? [a.integer(), b.integer()] : this.fail("must be two whole numbers");
@@ -230,13 +239,14 @@ const readSource = (r: Reader): WeightSource => {
 };
 
 const readSymbol = (r: Reader): DimSymbol => {
-  r.object("name", "min", "max", "multiple", "source");
+  r.object("name", "min", "max", "multiple", "source", "is");
   return {
     name: r.at("name").text(),
     min: r.at("min").integer(),
     max: r.at("max").integer(),
     multiple: r.at("multiple").integer(),
     source: r.at("source").oneOf(["host", "device"]),
+    ...(r.has("is") ? { is: r.at("is").dim() } : {}),
   };
 };
 

@@ -190,6 +190,13 @@ class GraphParser extends EmbeddedActionsParser {
       },
     });
     const source = this.keyword(4, "host", "device");
+    const is = this.OPTION2({
+      GATE: () => this.LA(1).image === "is",
+      DEF: () => {
+        this.CONSUME5(Word);
+        return this.SUBRULE(this.dim);
+      },
+    });
     return this.ACTION(() => ({
       at: name,
       symbol: {
@@ -198,6 +205,7 @@ class GraphParser extends EmbeddedActionsParser {
         max: integerOf(max),
         multiple: multiple === undefined ? 1 : integerOf(multiple),
         source: source.image as DimSymbol["source"],
+        ...(is === undefined ? {} : { is: dimOf(is, name) }),
       },
     }));
   });

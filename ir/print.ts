@@ -1,6 +1,6 @@
 /** The textual form of a graph: one line for each symbol, input, weight, state, op and output. `parseGraph` reads it back exactly. */
 import type { Attr } from "./attr.ts";
-import type { DimSymbol } from "./dim.ts";
+import { type DimSymbol, dimText } from "./dim.ts";
 import type { Graph, Op, Slice, Value, WeightSource } from "./graph.ts";
 import { allKnowledge } from "./ops/index.ts";
 import { typeText } from "./type.ts";
@@ -46,7 +46,7 @@ export const sourceText = (s: WeightSource): string => {
 };
 
 const symbolText = (s: DimSymbol): string =>
-  `symbol ${s.name} ${s.min}..${s.max}${s.multiple === 1 ? "" : ` multiple ${s.multiple}`} ${s.source}`;
+  `symbol ${s.name} ${s.min}..${s.max}${s.multiple === 1 ? "" : ` multiple ${s.multiple}`} ${s.source}${s.is === undefined ? "" : ` is ${dimText(s.is)}`}`;
 
 const valueText = (v: Value): string => `${v.name} ${typeText(v.type)}`;
 

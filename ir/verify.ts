@@ -1,6 +1,6 @@
 /** Checks that a graph is one: run after every pass and on everything that comes from outside. */
 import { identifier } from "./build.ts";
-import { type Dim, type DimSymbol, dimSymbols, evalDim, parseDim } from "./dim.ts";
+import { type Dim, type DimSymbol, dimSymbols, evalDim, mostOf, parseDim } from "./dim.ts";
 import { UserError } from "./error.ts";
 import type { Graph, Op, Value, Weight, WeightSource } from "./graph.ts";
 import { inferTypes, knowledge } from "./ops/index.ts";
@@ -112,7 +112,10 @@ export const verifySymbols = (symbols: readonly DimSymbol[], fail: (m: string, s
   }
 };
 
-/** Why a dim cannot be one: it is to be canonical, of declared symbols, and a whole number from 0 to 2^53 at their least and largest. */
+/**
+ * Why a dim cannot be one: it is to be canonical, of declared symbols, and a whole number from 0 to 2^53 at their least and largest. In between
+ * it may still come out negative (`S-P`): who runs the graph checks the sizes that he has.
+ */
 const dimFault = (d: Dim, symbols: readonly DimSymbol[]): string | undefined => {
   if (typeof d === "number") return Number.isSafeInteger(d) && d >= 0 ? undefined : `dimension ${d} must be a whole number`;
   for (const s of dimSymbols(d)) if (!symbols.some((x) => x.name === s)) return `symbol '${s}' is not declared`;
@@ -122,6 +125,7 @@ const dimFault = (d: Dim, symbols: readonly DimSymbol[]): string | undefined => 
     const size = evalDim(d, new Map(symbols.map((s) => [s.name, s[bound]])));
     if (!Number.isSafeInteger(size) || size < 0) return `dimension '${d}' is ${size} when its symbols are at their ${bound}`;
   }
+  if (!Number.isSafeInteger(mostOf(d, symbols))) return `dimension '${d}' may be ${mostOf(d, symbols)}`;
   return undefined;
 };
 

@@ -61,6 +61,11 @@ class Bench {
     openDevice(options);
     for (std::size_t r = 0; r < regions; r++)
       if (program_.memory[r] > 0) memory_[r] = alloc(program_.memory[r], regionName(static_cast<Region>(r)));
+    // sizes other than the rows are at their maxima
+    std::vector<std::int64_t> dims;
+    for (const Symbol &s : schedule_.symbols) dims.push_back(static_cast<std::int64_t>(s.max));
+    if (!dims.empty()) dims_ = alloc(dims.size() * sizeof(std::int64_t), "sizes");
+    write(dims_, dims.data(), dims.size() * sizeof(std::int64_t));
     readExperts();
     for (const Key &k : schedule_.keys)
       if (k.push && (options.role == Role::attention ? k.a : k.f) == 0) below(k, options.role == Role::attention ? k.source : k.target);
@@ -97,6 +102,7 @@ class Bench {
   s3_dev *dev_ = nullptr;
   s3_queue *queue_ = nullptr;
   std::array<s3_span, regions> memory_{};
+  s3_span dims_{};                                     // values of the symbols
   std::map<std::string, Experts> experts_;             // by kernel
   std::map<std::uint32_t, std::uint64_t> below_;       // buffers of choices: how many there are to choose from
   std::uint64_t drawn_ = 0;                            // of the generator
@@ -352,7 +358,8 @@ class Bench {
   s3_launch launchOf(const Step &s, const std::vector<s3_span> &spans) const {
     std::uint32_t kernel = 0;
     check(device_->kernel(dev_, program_.kernels[s.kernel].c_str(), &kernel), "schedule " + schedule_.name);
-    return {kernel, static_cast<std::uint32_t>(spans.size()), spans.data(), span(program_.buffers[s.rows]), segments_, static_cast<std::uint32_t>(schedule_.rows)};
+    return {kernel, static_cast<std::uint32_t>(spans.size()), spans.data(), span(program_.buffers[s.rows]), segments_, static_cast<std::uint32_t>(schedule_.rows), dims_,
+            schedule_.token.value_or(S3_NO_SYMBOL)};
   }
 
   /// The launches between two communication steps, as the engine takes them together, in the order of a round.
@@ -490,7 +497,7 @@ class Bench {
     // one launch of a ceiling with so many rows: nanoseconds, and the work it says it did
     const auto measured = [&](const std::string &name, std::uint64_t rows, std::uint64_t times, double &work) -> std::optional<Time> {
       s3_span args[] = {in, out};
-      s3_launch one{0, 2, args, heads, 1, UINT32_MAX};
+      s3_launch one{0, 2, args, heads, 1, UINT32_MAX, {}, S3_NO_SYMBOL};
       if (device_->kernel(dev_, name.c_str(), &one.kernel) != 0) return std::nullopt;
       s3_head head{};
       head.magic = S3_MAGIC;

@@ -26,12 +26,18 @@ std::uint32_t dtypeBytes(const Json &v) {
   return found->second;
 }
 
-/// Reads the canonical text of a dimension: sums of products, and floor division by a constant.
+/// All that an expression may be.
+struct Range {
+  std::int64_t least = 0, most = 0;
+};
+
+/// Reads the canonical text of a dimension: sums of products, and floor division by a constant. Symbols have a value each, or their ranges.
 class DimReader {
  public:
-  DimReader(const std::string &text, const std::vector<Symbol> &symbols, std::uint64_t rows) : text_(text), symbols_(symbols), rows_(rows) {}
-  std::int64_t read() {
-    const std::int64_t n = sum(0);
+  DimReader(const std::string &text, const std::vector<Symbol> &symbols, const std::vector<std::uint64_t> *values)
+      : text_(text), symbols_(symbols), values_(values) {}
+  Range read() {
+    const Range n = sum(0);
     if (at_ != text_.size()) stop();
     return n;
   }
@@ -39,7 +45,7 @@ class DimReader {
  private:
   const std::string &text_;
   const std::vector<Symbol> &symbols_;
-  std::uint64_t rows_;
+  const std::vector<std::uint64_t> *values_;
   std::size_t at_ = 0;
 
   [[noreturn]] void stop() const { throw say("dimension '", text_, "' cannot be read at ", at_); }
@@ -59,32 +65,39 @@ class DimReader {
     if (__builtin_mul_overflow(a, b, &n) || n > max_bytes || n < -max_bytes) tooBig();
     return n;
   }
-  std::int64_t sum(int depth) {
-    std::int64_t n = take('-') ? -product(depth) : product(depth);
+  static std::int64_t floored(std::int64_t n, std::int64_t by) { return n >= 0 ? n / by : -((-n + by - 1) / by); }
+  static Range negative(Range n) { return {-n.most, -n.least}; }
+  Range plus(Range a, Range b) const { return {plus(a.least, b.least), plus(a.most, b.most)}; }
+  Range times(Range a, Range b) const {
+    const std::int64_t ends[] = {times(a.least, b.least), times(a.least, b.most), times(a.most, b.least), times(a.most, b.most)};
+    return {*std::min_element(ends, ends + 4), *std::max_element(ends, ends + 4)};
+  }
+  Range sum(int depth) {
+    Range n = take('-') ? negative(product(depth)) : product(depth);
     for (;;) {
       if (take('+')) n = plus(n, product(depth));
-      else if (take('-')) n = plus(n, -product(depth));
+      else if (take('-')) n = plus(n, negative(product(depth)));
       else return n;
     }
   }
-  std::int64_t product(int depth) {
-    std::int64_t n = atom(depth);
+  Range product(int depth) {
+    Range n = atom(depth);
     for (;;) {
       if (take('*')) {
         n = times(n, atom(depth));
       } else if (take('/')) {
-        const std::int64_t by = atom(depth);
-        if (by <= 0) stop();
-        n = n >= 0 ? n / by : -((-n + by - 1) / by);
+        const Range by = atom(depth);
+        if (by.least <= 0 || by.most != by.least) stop();
+        n = {floored(n.least, by.least), floored(n.most, by.least)};
       } else {
         return n;
       }
     }
   }
-  std::int64_t atom(int depth) {
+  Range atom(int depth) {
     if (depth > 32) stop();
     if (take('(')) {
-      const std::int64_t n = sum(depth + 1);
+      const Range n = sum(depth + 1);
       if (!take(')')) stop();
       return n;
     }
@@ -96,21 +109,24 @@ class DimReader {
     while (letter()) at_++;
     if (at_ > from) {
       const std::string name = text_.substr(from, at_ - from);
-      if (name == "T") return static_cast<std::int64_t>(rows_);
-      for (const auto &s : symbols_)
-        if (s.name == name) return static_cast<std::int64_t>(s.max);
+      for (std::size_t i = 0; i < symbols_.size(); i++) {
+        if (symbols_[i].name != name) continue;
+        const auto number = [](std::uint64_t n) { return static_cast<std::int64_t>(n); };
+        if (values_) return {number((*values_)[i]), number((*values_)[i])};
+        return {number(symbols_[i].min), number(symbols_[i].max)};
+      }
       throw say("dimension '", text_, "' mentions '", name, "', which is not declared");
     }
     std::int64_t n = 0;
     while (at_ < text_.size() && text_[at_] >= '0' && text_[at_] <= '9') n = plus(times(n, 10), text_[at_++] - '0');
     if (at_ == from) stop();
-    return n;
+    return {n, n};
   }
 };
 
-std::uint64_t evalOr(const Json &where, const Dim &dim, const std::vector<Symbol> &symbols, std::uint64_t rows) {
+std::uint64_t mostOr(const Json &where, const Dim &dim, const std::vector<Symbol> &symbols) {
   try {
-    return evalDim(dim, symbols, rows);
+    return mostOf(dim, symbols);
   } catch (const std::string &why) {
     where.refuse(why);
   }
@@ -126,12 +142,11 @@ std::vector<Dim> readShape(const Json &v) {
   return shape;
 }
 
-/// bytes of a shape with `rows` rows
-std::uint64_t shapeBytes(const Json &where, const std::vector<Dim> &shape, std::uint32_t width, const std::vector<Symbol> &symbols,
-                         std::uint64_t rows) {
+/// bytes of a shape at its largest
+std::uint64_t shapeBytes(const Json &where, const std::vector<Dim> &shape, std::uint32_t width, const std::vector<Symbol> &symbols) {
   std::uint64_t n = width;
   for (const Dim &d : shape)
-    if (__builtin_mul_overflow(n, evalOr(where, d, symbols, rows), &n) || n > static_cast<std::uint64_t>(max_bytes))
+    if (__builtin_mul_overflow(n, mostOr(where, d, symbols), &n) || n > static_cast<std::uint64_t>(max_bytes))
       where.refuse("the shape is too large");
   return n;
 }
@@ -242,10 +257,18 @@ class ScheduleReader {
     s_.name = file_["name"].text();
     s_.slots = static_cast<std::uint32_t>(file_["slots"].whole(1, 1024));
     for (const Json &v : file_["symbols"].items()) {
-      Symbol symbol{v["name"].text(), static_cast<std::uint64_t>(v["max"].whole(0, 1 << 30))};
-      if (symbol.name == "T") s_.rows = symbol.max;
+      const auto size = [&](const char *name, std::int64_t least) { return static_cast<std::uint64_t>(v[name].whole(least, 1 << 30)); };
+      Symbol symbol{v["name"].text(), size("min", 0), size("max", 0), size("multiple", 1)};
+      if (symbol.min > symbol.max) v.refuse(say("symbol '", symbol.name, "' has a minimum above its maximum"));
+      for (const Symbol &other : s_.symbols)
+        if (other.name == symbol.name) v.refuse(say("symbol '", symbol.name, "' is declared twice"));
+      if (symbol.name == "T") {
+        s_.rows = symbol.max;
+        s_.token = static_cast<std::uint32_t>(s_.symbols.size());
+      }
       s_.symbols.push_back(std::move(symbol));
     }
+    if (s_.symbols.size() > 256) file_["symbols"].refuse("more than 256 symbols");
     if (s_.rows < 1 || s_.rows > (1u << 24)) file_["symbols"].refuse("symbol T needs a maximum from 1 to 2^24");
     types();
     for (const Json &v : file_["exchanges"].items()) s_.exchanges.push_back(type(v));
@@ -267,6 +290,16 @@ class ScheduleReader {
     v.refuse(say("'", v.text(), "' is not among the types of exchange"));
   }
 
+  /// What travels between ranks, and what FFN ranks have: headers tell the rows and no other size.
+  void onlyTokensVary(const Json &v, const std::string &name, const std::vector<Dim> &shape) const {
+    const std::vector<Symbol> tokens = s_.token ? std::vector<Symbol>{s_.symbols[*s_.token]} : std::vector<Symbol>{};
+    try {
+      for (const Dim &d : shape) mostOf(d, tokens);
+    } catch (const std::string &) {
+      v.refuse(say("'", name, "' depends on a symbol other than T, which FFN ranks are not told"));
+    }
+  }
+
   Field field(const Json &v) const {
     Field f;
     f.name = v["name"].text();
@@ -276,8 +309,9 @@ class ScheduleReader {
     f.bytes = static_cast<std::uint64_t>(v["bytes"].whole(1, max_bytes));
     if (const Json *below = v.find("below")) f.below = static_cast<std::uint64_t>(below->whole(1, 1 << 24));
     if (f.below && f.dtype != "i32") v.refuse("'below' is for i32 fields");
-    if (shapeBytes(v, f.shape, f.width, s_.symbols, s_.rows) != f.bytes)
+    if (shapeBytes(v, f.shape, f.width, s_.symbols) != f.bytes)
       v.refuse(say("field '", f.name, "': ", f.bytes, " bytes, but its shape at its maximum has another size (contract K3)"));
+    onlyTokensVary(v, f.name, f.shape);
     if (f.name == "head") {
       if (f.bytes != header_bytes) v.refuse(say("the header has ", header_bytes, " bytes"));
     } else {
@@ -329,7 +363,8 @@ class ScheduleReader {
       if (b.bytes != manifest_.kv->pages * manifest_.kv->pageBytes)
         v.refuse(say("state '", b.name, "' is not ", manifest_.kv->pages, " pages of ", manifest_.kv->pageBytes, " bytes"));
     } else if (b.region != Region::weights && b.region != Region::state) {
-      const std::uint64_t one = shapeBytes(v, b.shape, b.width, s_.symbols, s_.rows);
+      if (p.rank.role == Role::ffn) onlyTokensVary(v, b.name, b.shape);
+      const std::uint64_t one = shapeBytes(v, b.shape, b.width, s_.symbols);
       if (b.bytes / b.segments < one) v.refuse(say("buffer '", b.name, "' is smaller than its shape"));
     }
     return b;
@@ -582,10 +617,17 @@ const char *stepName(Step::Op op) {
   return names[static_cast<std::size_t>(op)];
 }
 
-std::uint64_t evalDim(const Dim &dim, const std::vector<Symbol> &symbols, std::uint64_t rows) {
+std::uint64_t evalDim(const Dim &dim, const std::vector<Symbol> &symbols, const std::vector<std::uint64_t> &values) {
   if (dim.text.empty()) return dim.value;
-  const std::int64_t n = DimReader(dim.text, symbols, rows).read();
-  if (n < 0) throw say("dimension '", dim.text, "' is negative");
+  const std::int64_t n = DimReader(dim.text, symbols, &values).read().most;
+  if (n < 0) throw say("dimension '", dim.text, "' is ", n);
+  return static_cast<std::uint64_t>(n);
+}
+
+std::uint64_t mostOf(const Dim &dim, const std::vector<Symbol> &symbols) {
+  if (dim.text.empty()) return dim.value;
+  const std::int64_t n = DimReader(dim.text, symbols, nullptr).read().most;
+  if (n < 0) throw say("dimension '", dim.text, "' is always negative");
   return static_cast<std::uint64_t>(n);
 }
 

@@ -23,10 +23,10 @@ struct RankId {
   bool operator==(const RankId &) const = default;
 };
 
-/// A declared size of a schedule; allocation uses `max`.
+/// A declared size of a schedule: a multiple of `multiple` from `min` to `max`.
 struct Symbol {
   std::string name;
-  std::uint64_t max = 0;
+  std::uint64_t min = 0, max = 0, multiple = 1;
 };
 
 /// A dimension: a number, or an expression over symbols as ir/dim.ts writes it.
@@ -36,8 +36,10 @@ struct Dim {
   bool operator==(const Dim &) const = default;
 };
 
-/// The value of a dimension when symbol `T` is `rows` and all others are at their maxima. Throws std::string when it makes no sense.
-std::uint64_t evalDim(const Dim &dim, const std::vector<Symbol> &symbols, std::uint64_t rows);
+/// The value of a dimension, given those of the symbols in their order. Throws std::string when it makes no sense.
+std::uint64_t evalDim(const Dim &dim, const std::vector<Symbol> &symbols, const std::vector<std::uint64_t> &values);
+/// What a dimension never exceeds, whatever the symbols are within their ranges: what is allocated. Throws std::string when it makes no sense.
+std::uint64_t mostOf(const Dim &dim, const std::vector<Symbol> &symbols);
 
 enum class Region : std::uint8_t { weights, state, exchange, scratch, input, output };
 constexpr std::size_t regions = 6;
@@ -112,6 +114,7 @@ struct Schedule {
   std::uint32_t slots = 0;
   std::uint64_t rows = 1;  // maximum of symbol T: rows of one slot of one attention rank
   std::vector<Symbol> symbols;
+  std::optional<std::uint32_t> token;  // which symbol is T
   std::vector<std::uint32_t> exchanges;  // type of each exchange of a slot
   std::vector<ExchangeType> types;
   std::vector<Key> keys;

@@ -161,6 +161,17 @@ void Engine::read(std::size_t schedule, const Buffer &b, std::uint64_t offset, v
   if (n > 0) dev(device_->read(dev_, bytes, s), "reading outputs");
 }
 
+s3_span Engine::dims(const Plan &plan, std::uint32_t slot) {
+  const std::uint64_t each = plan.dims.bytes / plan.schedule->slots;
+  return {plan.dims.mem, plan.dims.off + slot * each, plan.schedule->symbols.size() * sizeof(std::int64_t)};
+}
+void Engine::setSymbols(std::size_t schedule, std::uint32_t slot, const std::vector<std::uint64_t> &values) {
+  const s3_span s = dims(plans_[schedule], slot);
+  const std::vector<std::int64_t> all(values.begin(), values.end());
+  if (all.size() * sizeof(std::int64_t) != s.bytes) fail(exit_internal, all.size(), " values for ", plans_[schedule].schedule->symbols.size(), " symbols");
+  if (s.bytes > 0) dev(device_->write(dev_, s, all.data()), "writing sizes");
+}
+
 std::uint32_t Engine::traceName(const std::string &name) {
   for (std::uint32_t i = 0; i < trace.names.size(); i++)
     if (trace.names[i] == name) return i;
@@ -184,6 +195,12 @@ void Engine::prepare(std::size_t index) {
     dev(device_->kernel(dev_, name.c_str(), &kernel), say("schedule ", schedule.name).c_str());
     kernels.push_back(kernel);
   }
+
+  constexpr std::uint64_t line = 64;
+  plan.dims = alloc((schedule.symbols.size() * sizeof(std::int64_t) + line - 1) / line * line * schedule.slots, false, "memory for sizes");
+  std::vector<std::uint64_t> most;
+  for (const Symbol &s : schedule.symbols) most.push_back(s.max);
+  for (std::uint32_t m = 0; m < schedule.slots; m++) setSymbols(index, m, most);
 
   std::vector<std::vector<s3_span>> args;
   std::vector<s3_launch> launches;
@@ -221,7 +238,8 @@ void Engine::prepare(std::size_t index) {
       for (const std::uint32_t b : *list) spans.push_back(span(plan, p.buffers[b]));
     args.push_back(std::move(spans));
     const Buffer &rows = p.buffers[s.rows];
-    launches.push_back({kernels[s.kernel], 0, nullptr, span(plan, rows), rows.segments, static_cast<std::uint32_t>(schedule.rows)});
+    launches.push_back({kernels[s.kernel], 0, nullptr, span(plan, rows), rows.segments, static_cast<std::uint32_t>(schedule.rows), dims(plan, s.slot),
+                        schedule.token.value_or(S3_NO_SYMBOL)});
     if (attention && std::find(plan.heads[s.slot].begin(), plan.heads[s.slot].end(), s.rows) == plan.heads[s.slot].end())
       plan.heads[s.slot].push_back(s.rows);
     if (options_.strict || (options_.trace && !queued_)) flush();

@@ -65,6 +65,9 @@ class Engine {
   void start();
   /// Asks for a round; returns what all ranks do next.
   s3_round agree(const s3_wish &wish);
+  /// Sets the values of a schedule's symbols for the rounds of a slot, within their ranges; until then they are at their maxima. That of T does
+  /// not matter: kernels find the rows there.
+  void setSymbols(std::size_t schedule, std::uint32_t slot, const std::vector<std::uint64_t> &values);
   /// Executes the round's schedule once; `rows` of each slot, attention ranks only.
   void run(const s3_round &round, const std::vector<std::uint32_t> &rows);
   /// Leaves the other ranks: done (null), or with what went wrong.
@@ -103,6 +106,7 @@ class Engine {
       std::uint64_t kept = 0;  // index into `kept`
     };
     std::vector<std::vector<std::vector<Counted>>> counted;  // by exchange and slot
+    s3_span dims{};  // by slot, in cache lines of their own: the values of the symbols
     s3_span kept{};  // a transport of queues: counted fields of the round, which the host reads when it ends
     std::vector<s3_event> events;
   };
@@ -124,6 +128,7 @@ class Engine {
   void net(int code);
   s3_span alloc(std::uint64_t bytes, bool shared, const char *what);
   s3_span span(const Plan &plan, const Buffer &b) const;
+  static s3_span dims(const Plan &plan, std::uint32_t slot);
   std::uint8_t *host(const Plan &plan, const Buffer &b) const;
   void allocate();
   void connect();

@@ -19,9 +19,39 @@ std::string pathOf(const std::string &directory, std::string name) {
   return directory + "/" + name + ".bin";
 }
 
-std::uint64_t bytesOf(const Buffer &b, const Schedule &s, std::uint64_t rows) {
+/// The values of the schedule's symbols, each within its range.
+std::vector<std::uint64_t> valuesOf(const Schedule &s, const EvaluateOptions &options) {
+  if (options.rows > s.rows) fail(exit_input, "--rows ", options.rows, ": the schedule holds at most ", s.rows);
+  for (const auto &[name, value] : options.symbols) {
+    const bool known = std::any_of(s.symbols.begin(), s.symbols.end(), [&](const Symbol &x) { return x.name == name; });
+    if (!known || name == "T") fail(exit_input, "--symbols ", name, "=", value, ": ", known ? "T is what --rows gives" : "the graph has no such symbol");
+  }
+  std::vector<std::uint64_t> values;
+  for (const Symbol &x : s.symbols) {
+    if (x.name == "T") {
+      values.push_back(options.rows);
+      continue;
+    }
+    const auto given = options.symbols.find(x.name);
+    if (given == options.symbols.end()) fail(exit_input, "symbol ", x.name, " has no value; add --symbols ", x.name, "=N");
+    if (given->second < x.min || given->second > x.max || given->second % x.multiple != 0)
+      fail(exit_input, "--symbols ", x.name, "=", given->second, ": the graph was compiled for ", x.min, " to ", x.max,
+           x.multiple == 1 ? "" : say(", a multiple of ", x.multiple));
+    values.push_back(given->second);
+  }
+  return values;
+}
+
+/// Bytes of a buffer with these sizes; none is larger than at its maximum, for which it was allocated.
+std::uint64_t bytesOf(const Buffer &b, const Schedule &s, const std::vector<std::uint64_t> &values) {
   std::uint64_t n = b.width;
-  for (const Dim &d : b.shape) n *= evalDim(d, s.symbols, rows);  // at most what it is at its maximum, which was checked
+  try {
+    for (const Dim &d : b.shape) n *= evalDim(d, s.symbols, values);
+  } catch (const std::string &why) {
+    std::string sizes;
+    for (std::size_t i = 0; i < values.size(); i++) sizes += say(i ? ", " : "", s.symbols[i].name, "=", values[i]);
+    fail(exit_input, "'", b.binds.empty() ? b.name : b.binds, "' cannot be with ", sizes, ": ", why);
+  }
   return n;
 }
 
@@ -40,7 +70,7 @@ std::vector<std::uint8_t> readFile(const std::string &path, const std::string &n
   }
   ::close(fd);
   if (!right || got != bytes)
-    fail(exit_input, "input '", name, "': ", path, " has ", st.st_size, " bytes, its shape with these rows has ", bytes, "; check --rows");
+    fail(exit_input, "input '", name, "': ", path, " has ", st.st_size, " bytes, its shape with these sizes has ", bytes, "; check --rows and --symbols");
   return data;
 }
 
@@ -71,14 +101,17 @@ void evaluate(Engine &engine, const EvaluateOptions &options) {
   const Schedule &s = b.schedules[schedule];
   const RankProgram &p = engine.program(schedule);
   const bool ours = engine.rank() == RankId{Role::attention, 0};
-  if (options.rows > s.rows) fail(exit_input, "--rows ", options.rows, ": the schedule holds at most ", s.rows);
+  const std::vector<std::uint64_t> values = valuesOf(s, options);
+  for (const Buffer &buffer : p.buffers) bytesOf(buffer, s, values);
   const auto bound = [&](const Buffer &buffer, Region region) { return buffer.region == region && buffer.slot == 0 && !buffer.binds.empty(); };
   if (ours)
     for (const Buffer &buffer : p.buffers)
       if (bound(buffer, Region::input)) {
-        const auto data = readFile(pathOf(options.inputs, buffer.binds), buffer.binds, bytesOf(buffer, s, options.rows));
+        const auto data = readFile(pathOf(options.inputs, buffer.binds), buffer.binds, bytesOf(buffer, s, values));
         engine.write(schedule, buffer, data.data(), data.size());
       }
+  if (engine.rank().role == Role::attention)
+    for (std::uint32_t slot = 0; slot < s.slots; slot++) engine.setSymbols(schedule, slot, values);
   const s3_round round = engine.agree({ours ? schedule + 1 : 0, 1, 0});
   if (round.stop) fail(exit_internal, "the round of --eval was not run");
   std::vector<std::uint32_t> rows(s.slots, 0);
@@ -88,7 +121,7 @@ void evaluate(Engine &engine, const EvaluateOptions &options) {
   if (ours)
     for (const Buffer &buffer : p.buffers)
       if (bound(buffer, Region::output)) {
-        std::vector<std::uint8_t> data(bytesOf(buffer, s, options.rows));
+        std::vector<std::uint8_t> data(bytesOf(buffer, s, values));
         engine.read(schedule, buffer, 0, data.data(), data.size());
         const std::string path = pathOf(options.outputs, buffer.binds);
         writeFile(path + ".part", data);

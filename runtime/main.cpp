@@ -11,6 +11,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <mutex>
 #include <random>
 #include <thread>
@@ -35,7 +36,7 @@ const char usage[] = R"(step3-run: run the compiled programs of a bundle
 
   step3-run --bundle DIR --program-attention LIB --program-ffn LIB [options] < PROMPTS.jsonl
   step3-run --score --bundle DIR ... < PROMPTS.jsonl
-  step3-run --eval  --bundle DIR ... --inputs DIR --outputs DIR --rows N
+  step3-run --eval  --bundle DIR ... --inputs DIR --outputs DIR --rows N [--symbols B=2,S=7]
 
 prompts, one JSON object a line:
   {"prompt_ids":[1,2,3],"max_tokens":128,"temperature":0,"top_p":1,"seed":0}
@@ -101,6 +102,7 @@ struct Options {
   std::string bundle, prompts = "-", stats, trace, inputs, outputs, logits, role, peers;
   std::string transport = "local";
   std::optional<std::uint64_t> rank, rows, threads;
+  std::map<std::string, std::uint64_t> symbols;
   bool score = false, eval = false, help = false;
   PromptDefaults defaults;
   EngineOptions engine;
@@ -115,6 +117,22 @@ T numberOf(const std::string &flag, const std::string &text, T min, T max) {
   if (read.ec != std::errc() || read.ptr != text.data() + text.size() || !(n >= min && n <= max))
     misused(say(flag, " takes a number from ", min, " to ", max, ", not '", text, "'"));
   return n;
+}
+
+/// `B=2,S=7`
+std::map<std::string, std::uint64_t> symbolsOf(const std::string &text) {
+  std::map<std::string, std::uint64_t> symbols;
+  for (std::size_t from = 0; from <= text.size();) {
+    const std::size_t end = std::min(text.find(',', from), text.size());
+    const std::string one = text.substr(from, end - from);
+    const std::size_t equals = one.find('=');
+    if (equals == std::string::npos || equals == 0) misused("--symbols is written as B=2,S=7, not '" + text + "'");
+    const std::string name = one.substr(0, equals);
+    const auto value = numberOf<std::uint64_t>("--symbols " + name, one.substr(equals + 1), 0, 1u << 30);
+    if (!symbols.emplace(name, value).second) misused("--symbols gives " + name + " twice");
+    from = end + 1;
+  }
+  return symbols;
 }
 
 Options readArguments(int argc, char **argv) {
@@ -156,6 +174,7 @@ Options readArguments(int argc, char **argv) {
     else if (flag == "--inputs") o.inputs = value();
     else if (flag == "--outputs") o.outputs = value();
     else if (flag == "--rows") o.rows = whole(0, 1u << 24);
+    else if (flag == "--symbols") o.symbols = symbolsOf(value());
     else if (flag == "--logits") o.logits = value();
     else if (flag == "--stats") o.stats = value();
     else if (flag == "--trace") o.trace = value();
@@ -174,7 +193,8 @@ Options readArguments(int argc, char **argv) {
   if (!o.role.empty() && o.peers.empty() && o.engine.session.empty()) misused("--role needs --session or --peers, the same for all ranks");
   if (o.score && o.eval) misused("--score and --eval do not go together");
   if (o.eval && (o.inputs.empty() || o.outputs.empty() || !o.rows)) misused("--eval needs --inputs, --outputs and --rows");
-  if (!o.eval && (!o.inputs.empty() || !o.outputs.empty() || o.rows)) misused("--inputs, --outputs and --rows are for --eval");
+  if (!o.eval && (!o.inputs.empty() || !o.outputs.empty() || o.rows || !o.symbols.empty()))
+    misused("--inputs, --outputs, --rows and --symbols are for --eval");
   return o;
 }
 
@@ -260,7 +280,7 @@ int run(int argc, char **argv) {
   const auto work = [&](std::function<void(const std::string &)> events) -> RankWork {
     return [&, events = std::move(events)](Engine &engine, Report &report) {
       if (o.eval) {
-        evaluate(engine, {o.inputs, o.outputs, *o.rows});
+        evaluate(engine, {o.inputs, o.outputs, *o.rows, o.symbols});
         return int{exit_done};
       }
       if (engine.rank().role == Role::ffn) {

@@ -5,12 +5,13 @@
 //
 // --part I/N: of every N cases that with number I, 0 the first, so that processes can share a long list or tools that slow kernels down take some.
 //
-// CASES, little endian: "S3KT0001", u32 cases, then each case:
+// CASES, little endian: "S3KT0002", u32 cases, then each case:
 //   text name; u32 buffers, each: u8 kind (0 read, 1 written, 2 both), u64 bytes, the bytes unless it is only written
-//   u32 launches, each: text kernel, u32 rows, u32 arguments, each u32 buffer
+//   u32 launches, each: text kernel, u32 rows, u8 whether they may be divided, u32 symbols, each i64 value, u32 the one that is the rows (or
+//     S3_NO_SYMBOL), u32 arguments, each u32 buffer
 //   u32 checks, each: u32 buffer, text dtype, u64 count, expected[count], allowed[count]: f64 for f64 and integers of 32 bits and more, else f32
 // A text is u32 bytes and the bytes. What is only written starts as 0xA5; every buffer lies between guard bytes that must survive; what is only
-// read must not change. Every case runs with its rows in one segment, and again in several, where there is more than one: the same rows, in the same
+// read must not change. Every case runs with its rows in one segment, and again in several, where there is more than one and they may be divided: the same rows, in the same
 // places, as they come from several attention ranks. A value is right when it differs from what is expected by at most what is allowed; where that is infinite, anything is.
 #include <algorithm>
 #include <charconv>
@@ -89,6 +90,9 @@ struct Buffer {
 struct Launch {
   std::string kernel;
   std::uint32_t rows = 0;
+  bool divides = false;
+  std::vector<std::int64_t> dims;
+  std::uint32_t rows_dim = S3_NO_SYMBOL;
   std::vector<std::uint32_t> args;
 };
 struct Check {
@@ -125,6 +129,10 @@ Case readCase(Reader &in) {
     Launch l;
     l.kernel = in.text();
     l.rows = in.number<std::uint32_t>();
+    l.divides = in.number<std::uint8_t>() != 0;
+    l.dims = in.list<std::int64_t>(in.number<std::uint32_t>());
+    l.rows_dim = in.number<std::uint32_t>();
+    if (l.rows_dim != S3_NO_SYMBOL && l.rows_dim >= l.dims.size()) in.broken("case '" + c.name + "' names a symbol that is not there");
     for (auto a = in.number<std::uint32_t>(); a > 0; a--) l.args.push_back(index());
     c.launches.push_back(std::move(l));
   }
@@ -228,7 +236,12 @@ class Machine {
       check(device_->write(dev_, heads, all.data()));
       std::vector<s3_span> args;
       for (const std::uint32_t a : l.args) args.push_back(spans[a]);
-      s3_launch launch{0, static_cast<std::uint32_t>(args.size()), args.data(), heads, segments, std::max(1u, head.rows)};
+      s3_span dims{};
+      if (!l.dims.empty()) {
+        dims = span(l.dims.size() * sizeof(std::int64_t));
+        check(device_->write(dev_, dims, l.dims.data()));
+      }
+      s3_launch launch{0, static_cast<std::uint32_t>(args.size()), args.data(), heads, segments, std::max(1u, head.rows), dims, l.rows_dim};
       check(device_->kernel(dev_, l.kernel.c_str(), &launch.kernel));
       s3_segment *segment = nullptr;
       s3_event done = 0;
@@ -336,7 +349,7 @@ int run(int argc, char **argv) {
   Reader in(places[0]);
   char magic[8];
   in.bytes(magic, sizeof magic);
-  if (std::memcmp(magic, "S3KT0001", sizeof magic) != 0) in.broken("no file of cases");
+  if (std::memcmp(magic, "S3KT0002", sizeof magic) != 0) in.broken("no file of cases");
   // a program that brings its own driver is run by that
   const auto own = symbol<const s3_device *(*)()>(places[1], "s3_device_v1");
   std::string options = say("{\"threads\":", threads, ",\"spin\":100");
@@ -352,7 +365,8 @@ int run(int argc, char **argv) {
     try {
       Machine machine(own ? own() : cppDevice(), places[1], options + "}");
       wrong = machine.run(c, false, worst);
-      const bool more = std::any_of(c.launches.begin(), c.launches.end(), [](const Launch &l) { return l.rows > 1; });
+      const bool more = std::all_of(c.launches.begin(), c.launches.end(), [](const Launch &l) { return l.divides; }) &&
+                        std::any_of(c.launches.begin(), c.launches.end(), [](const Launch &l) { return l.rows > 1; });
       if (wrong.empty() && more) {
         wrong = machine.run(c, true, worst);
         if (!wrong.empty()) wrong = "in several segments, " + wrong;

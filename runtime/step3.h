@@ -22,6 +22,9 @@ typedef struct {
 
 typedef struct { uint64_t mem, off, bytes; } s3_span;
 
+/* Among the symbols of a schedule is no T. */
+#define S3_NO_SYMBOL UINT32_MAX
+
 /* One kernel launch. args are in the order of the schedule step: in, inout, out. heads: `segments` headers, one after another. */
 typedef struct {
   uint32_t kernel, nargs;
@@ -29,6 +32,8 @@ typedef struct {
   s3_span heads;
   uint32_t segments; /* row segments: attention ranks on the FFN side, 1 on the attention side */
   uint32_t stride;   /* maximum rows of one segment */
+  s3_span dims;      /* int64_t values of the schedule's symbols, in their order, which the host writes between rounds */
+  uint32_t rows_dim; /* the one of symbol T, or S3_NO_SYMBOL: whatever the host wrote, kernels find the rows of the first header there */
 } s3_launch;
 
 typedef struct { s3_span dst, src; } s3_copy; /* of one length */
@@ -153,7 +158,7 @@ typedef struct s3_call {
   uint32_t thread, threads;
   void *scratch;                         /* shared by the team */
   void (*barrier)(const struct s3_call *); /* all threads of the team */
-  const int64_t *dims;                   /* values of the graph's symbols, in their order */
+  const int64_t *dims;                   /* values of the graph's symbols, in their order; T's are the rows of the first segment */
 } s3_call;
 typedef void (*s3_kernel)(const s3_call *);
 

@@ -113,12 +113,13 @@ describe("the loop", () => {
       "00-source.step3",
       "01-fold.step3",
       "02-recognise.step3",
-      "03-quantise.step3",
-      "04-partition.step3",
-      "05-shard.step3",
-      "06-fuse.step3",
-      "07-dead.step3",
-      "08-join.step3",
+      "03-tokens.step3",
+      "04-quantise.step3",
+      "05-partition.step3",
+      "06-shard.step3",
+      "07-fuse.step3",
+      "08-dead.step3",
+      "09-join.step3",
     ]);
     for (const file of files) {
       const text = readFileSync(join(first, file), "utf8");
@@ -247,7 +248,7 @@ describe("partition", () => {
   });
 
   test("says so when there is nothing to separate", () => {
-    expect(decide(two()).summary).toMatch(/graph keeps no state/);
+    expect(decide(two()).summary).toMatch(/no tokens meet each other/);
     const b = new Builder("attention_only", [{ name: "T", min: 0, max: 4, multiple: 1, source: "host" }]);
     const x = b.input("x", tensor("f32", ["T", 8]));
     const [pages, position] = [b.input("pages", tensor("i32", ["T", 2])), b.input("position", tensor("i32", ["T"]))];

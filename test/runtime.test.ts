@@ -13,6 +13,7 @@ import {
   logitsAfter,
   makeBundle,
   makeEvalBundle,
+  makeSizesBundle,
   type Shape,
   safetensors,
   small,
@@ -355,6 +356,94 @@ describe("evaluation of a graph", () => {
     expect(run(bundle, [], [...flags, "3"])).toMatchObject({
       code: 1,
       stderr: expect.stringMatching(/layer_x\.bin cannot be opened/),
+    });
+  });
+
+  describe("of several symbols", () => {
+    const floats = (file: string): number[] => [...new Float32Array(new Uint8Array(readFileSync(file)).buffer)];
+    /** Runs the graph at one size, on drawn inputs; gives outputs and what they should be. */
+    const at = (bundle: string, size: { B: number; T: number; S: number; P: number }, flags: string[] = [], build = native) => {
+      const [inputs, outputs] = [folder(), folder()];
+      for (const f of [inputs, outputs]) mkdirSync(f);
+      const { B, T, S, P } = size;
+      const drawn = (name: string, n: number): number[] => {
+        const data = Float32Array.from({ length: n }, (_, i) => (i * 7 + name.length) % 31);
+        writeFileSync(join(inputs, `${name}.bin`), Buffer.from(data.buffer));
+        return [...data];
+      };
+      const [x, past] = [drawn("x", B * S), drawn("past", P * B)];
+      drawn("rows", T * 8);
+      const symbols = ["--rows", String(T), "--symbols", `B=${B},S=${S},P=${P}`];
+      const result = run(bundle, [], ["--eval", "--inputs", inputs, "--outputs", outputs, ...symbols, ...flags], build);
+      const turned = Array.from({ length: S * B }, (_, i) => x[(i % B) * S + Math.floor(i / B)] as number);
+      return {
+        result,
+        got: () => ({ all: floats(join(outputs, "all.bin")), told: floats(join(outputs, "told.bin")) }),
+        expected: { all: [...past, ...turned], told: Array.from({ length: T }, () => [B, T, S, P, 0, 0, 0, 0]).flat() },
+      };
+    };
+
+    it("one bundle runs at any size, kernels find the sizes, outputs have theirs", () => {
+      const bundle = writeBundle(folder(), makeSizesBundle());
+      for (const size of [
+        { B: 1, T: 3, S: 2, P: 0 },
+        { B: 3, T: 0, S: 6, P: 1 },
+        { B: 4, T: 2, S: 8, P: 6 },
+      ])
+        for (const build of [native, checked])
+          for (const flags of [[], ["--threads", "3"], ["--strict"]]) {
+            const { result, got, expected } = at(bundle, size, flags, build);
+            expect([result.code, result.stderr]).toEqual([0, ""]);
+            expect(got()).toEqual(expected);
+          }
+    });
+
+    it.each([
+      ["above the maximum", { B: 5 }, /--symbols B=5: the graph was compiled for 1 to 4/],
+      ["below the minimum", { S: 0 }, /--symbols S=0: the graph was compiled for 2 to 8, a multiple of 2/],
+      ["no multiple", { S: 5 }, /--symbols S=5: .* a multiple of 2/],
+      ["more rows", { T: 4 }, /--rows 4: the schedule holds at most 3/],
+    ])("%s: refused, with the limit", (_, change, why) => {
+      const { result } = at(writeBundle(folder(), makeSizesBundle()), { B: 2, T: 1, S: 4, P: 1, ...change });
+      expect(result.code).toBe(1);
+      expect(result.stderr).toMatch(why);
+    });
+
+    it("values that are missing, unknown, or badly written are named", () => {
+      const bundle = writeBundle(folder(), makeSizesBundle());
+      const given = (symbols: string): Result =>
+        run(bundle, [], ["--eval", "--inputs", scratch, "--outputs", scratch, "--rows", "1", "--symbols", symbols]);
+      expect(given("B=1,S=2")).toMatchObject({
+        code: 1,
+        stderr: expect.stringMatching(/symbol P has no value; add --symbols P=N/),
+      });
+      expect(given("B=1,S=2,P=0,Q=1")).toMatchObject({
+        code: 1,
+        stderr: expect.stringMatching(/Q=1: the graph has no such symbol/),
+      });
+      expect(given("B=1,S=2,P=0,T=1")).toMatchObject({ code: 1, stderr: expect.stringMatching(/T is what --rows gives/) });
+      for (const text of ["B", "B=", "=1", "B=1,,S=2", "B=1,B=1", "B=-1", "B=1,"]) expect(given(text).code).toBe(2);
+    });
+
+    it("a size that comes out negative is refused", () => {
+      const bundle = makeSizesBundle();
+      const [program] = bundle.schedules[0]?.programs ?? [];
+      const output = program?.buffers.find((b) => b.binds === "all") as { shape: unknown };
+      output.shape = ["S-P", "B"];
+      const { result } = at(writeBundle(folder(), bundle), { B: 1, T: 1, S: 2, P: 3 });
+      expect(result).toMatchObject({
+        code: 1,
+        stderr: expect.stringMatching(/'all' cannot be with B=1, T=1, S=2, P=3: .*'S-P' is -1/),
+      });
+    });
+
+    it("buffers smaller than a shape may become are refused", () => {
+      const bundle = makeSizesBundle();
+      const [program] = bundle.schedules[0]?.programs ?? [];
+      const output = program?.buffers.find((b) => b.binds === "all") as { shape: unknown };
+      output.shape = ["20-P", "B"];
+      const { result } = at(writeBundle(folder(), bundle), { B: 1, T: 1, S: 2, P: 3 });
+      expect(result).toMatchObject({ code: 1, stderr: expect.stringMatching(/smaller than its shape/) });
     });
   });
 });

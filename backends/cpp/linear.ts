@@ -2,7 +2,7 @@
  * Contractions of activations with weights: linear, scaled_linear and their grouped forms, alone or as the first op of a `fused` whose
  * other ops are elementwise. The arithmetic is in panels.h and contract.h; here sizes, layouts and the epilogue are worked out.
  */
-import type { Dim } from "../../ir/dim.ts";
+import { type Dim, tokenSymbol } from "../../ir/dim.ts";
 import type { Op, Value } from "../../ir/graph.ts";
 import { typeText } from "../../ir/type.ts";
 import type { ContextValue, KernelPlan, KernelTemplate, Layout, Target } from "../backend.ts";
@@ -66,7 +66,7 @@ const match =
     const layout: Layout = panels(dtypeOf(w), group < inner ? group : Number.POSITIVE_INFINITY);
 
     // on the FFN side nobody knows here how many segments a launch will have
-    const most = target.symbols.find((s) => s.name === "T")?.max ?? 1;
+    const most = target.symbols.find((s) => s.name === tokenSymbol)?.max ?? 1;
     const bound = counted.perToken
       ? op.place?.startsWith("ffn")
         ? Number.POSITIVE_INFINITY

@@ -38,6 +38,10 @@ export const rowDependent = (g: Graph): ReadonlySet<string> => {
 
 export const touchesState = (op: Op): boolean => [...op.inputs, ...op.outputs].some((v) => v.type.kind === "kv");
 
+/** Whether tokens meet each other in an op: it reads or changes a state, or multiplies rows with rows. */
+export const meetsTokens = (op: Op, dependent: ReadonlySet<string>): boolean =>
+  touchesState(op) || ((op.kind === "matmul" || op.kind === "sdpa") && op.inputs.filter((v) => dependent.has(v.name)).length > 1);
+
 /** Gives names that the graph does not have yet: `wanted`, or `wanted_2`, `wanted_3` ... */
 export const freshNames = (g: Graph): ((wanted: string) => string) => {
   const taken = new Set<string>();

@@ -8,6 +8,7 @@ import { partition } from "./partition.ts";
 import { type Precision, quantise } from "./quantise.ts";
 import { recognise } from "./recognise.ts";
 import { shard } from "./shard.ts";
+import { tokensPass } from "./tokens.ts";
 
 export interface PassesOptions {
   readonly precision: Precision;
@@ -25,6 +26,8 @@ export const passes = ({ precision, kv, ffn, split, runs }: PassesOptions): read
   fold,
   // then, so that all that follows sees ops rather than the pieces that exporters make of them
   recognise,
+  // before all that asks for rows of tokens
+  tokensPass,
   // before the partition, which weighs the bytes that cross: quantised tokens are smaller, and are quantised before they leave
   quantise({ weights: precision, kv }),
   partition({ ffnRanks: ffn }),

@@ -2,20 +2,20 @@
  * Decides which ops run on the attention side and which on the FFN side, by what they do.
  *
  * A feed-forward branch starts at a value x that is also one of the addends of an `add`, and ends at the other addend: x + branch(x).
- * Branches that touch no state and contract with weights go to the FFN side, as much of each as makes the fewest bytes per token cross:
+ * Branches in which tokens do not meet each other (no state, no products of rows with rows) and that contract with weights go to the FFN side, as much of each as makes the fewest bytes per token cross:
  * - contractions with weights go to the FFN side, except those that compute which weights to take (the ids of grouped ops), which stay;
  * - the other ops of the branch fall on the side that a smallest cut puts them, and where two cuts cost the same, on the attention side;
  * - everything outside of such branches stays: embedding, attention with its states, residual adds, head, sampling.
  * Names and order of values, and names of weights, play no part.
  */
-import { dimSymbols, multipleOf } from "../../ir/dim.ts";
+import { multipleOf, tokenSymbol } from "../../ir/dim.ts";
 import type { Graph, Op, Value } from "../../ir/graph.ts";
 import { knowledge } from "../../ir/ops/index.ts";
 import { dtypeBytes, type Type, typeText } from "../../ir/type.ts";
 import type { Pass } from "../pass.ts";
 import { contraction, operandOf } from "./contraction.ts";
 import { withoutDead } from "./dead.ts";
-import { type Flow, flowOf, freshNames, rowDependent, touchesState, usesOf } from "./flow.ts";
+import { type Flow, flowOf, freshNames, meetsTokens, rowDependent, touchesState, usesOf } from "./flow.ts";
 import { Network, unbounded } from "./mincut.ts";
 
 /** One branch that goes to the FFN side. */
@@ -40,12 +40,11 @@ export interface Decision {
   readonly summary: string;
 }
 
-/** Bytes that one token takes of a value whose first axis is a multiple of a symbol; undefined for other types. */
+/** Bytes that one token takes of a value whose first axis is a multiple of the tokens and whose others are numbers; undefined for other types. */
 export const bytesPerToken = (type: Type): number | undefined => {
   const rows = type.kind === "tensor" ? type.shape[0] : undefined;
   if (type.kind !== "tensor" || rows === undefined) return undefined;
-  const [symbol, ...others] = dimSymbols(rows);
-  const perToken = symbol === undefined || others.length > 0 ? undefined : multipleOf(rows, symbol);
+  const perToken = multipleOf(rows, tokenSymbol);
   return perToken === undefined
     ? undefined
     : type.shape
@@ -91,7 +90,7 @@ const entryOf = (site: Site, merge: Op, kept: Value, added: Value): Value | unde
       if (onBranch) byBranch.add(v.name);
       if (onResidual) byResidual.add(v.name);
     }
-    if (onBranch && touchesState(op)) return undefined; // not feed-forward
+    if (onBranch && meetsTokens(op, dependent)) return undefined; // not feed-forward
   }
   return g.inputs.find((v) => byResidual.has(v.name) && byBranch.has(v.name));
 };
@@ -130,7 +129,12 @@ const branchesOf = (site: Site): readonly Branch[] => {
       const entry = entryOf(site, merge, kept, added);
       if (entry === undefined || entry.name === added.name) continue;
       const ops = between(site, entry, added);
-      if (ops.some(touchesState) || !ops.some((op) => weightContraction(site, op)) || ops.some((op) => inside.has(op))) continue;
+      if (
+        ops.some((op) => meetsTokens(op, site.dependent)) ||
+        !ops.some((op) => weightContraction(site, op)) ||
+        ops.some((op) => inside.has(op))
+      )
+        continue;
       for (const op of ops) inside.add(op);
       found.push({ entry, merge, ops });
       break;
@@ -312,8 +316,10 @@ export const decide = (g: Graph): Decision => {
     for (const op of g.ops) reasons.set(op, touchesState(op) ? "reads or changes a state" : "everything runs on one side");
     return { exchanges: [], reasons, summary };
   };
-  if (g.states.length === 0)
-    return whole("everything runs on the attention side: the graph keeps no state, so there is no attention to separate from it");
+  if (!g.ops.some((op) => meetsTokens(op, site.dependent)))
+    return whole(
+      "everything runs on the attention side: no tokens meet each other, so there is no attention to separate from it",
+    );
 
   const exchanges: Exchange[] = [];
   const refused: string[] = [];

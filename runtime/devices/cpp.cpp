@@ -28,6 +28,8 @@ struct Launch {
   std::vector<void *> args;
   const s3_head *heads = nullptr;
   std::uint32_t segments = 1, stride = 1;
+  std::int64_t *dims = nullptr;
+  std::int64_t *rows = nullptr;  // T among the dims
 };
 
 struct Segment {
@@ -46,6 +48,9 @@ class Team {
     for (auto &w : workers_) w.join();
   }
   void run(const Segment &segment) {
+    // headers are there by now: those that peers send came with the last exchange
+    for (const Launch &l : segment.launches)
+      if (l.rows) *l.rows = l.heads->rows;
     if (threads_ > 1) {
       segment_ = &segment;
       start_.ring();
@@ -90,6 +95,7 @@ class Team {
       call.heads = l.heads;
       call.segments = l.segments;
       call.stride = l.stride;
+      call.dims = l.dims;
       running_kernel = l.name;
       l.run(&call);
       running_kernel = nullptr;
@@ -209,6 +215,8 @@ int cppPrepare(s3_dev *dev, const s3_launch *launches, std::uint32_t n, s3_segme
     l.heads = reinterpret_cast<const s3_head *>(at(from.heads));
     l.segments = from.segments;
     l.stride = from.stride;
+    if (from.dims.bytes > 0) l.dims = reinterpret_cast<std::int64_t *>(at(from.dims));
+    if (l.dims && from.rows_dim != S3_NO_SYMBOL) l.rows = l.dims + from.rows_dim;
     segment->launches.push_back(std::move(l));
   }
   d.segments.push_back(std::move(segment));

@@ -248,6 +248,11 @@ int submit(s3_queue *queue, s3_segment *given, s3_event *done) {
       call.threads = 1;
       call.scratch = d.scratch.data();
       call.barrier = [](const s3_call *) {};
+      if (l.given.dims.bytes > 0) {
+        auto *dims = reinterpret_cast<std::int64_t *>(at(l.given.dims));
+        if (l.given.rows_dim != S3_NO_SYMBOL) dims[l.given.rows_dim] = call.heads->rows;
+        call.dims = dims;
+      }
       l.run(&call);
     }
   });

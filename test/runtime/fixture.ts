@@ -2,7 +2,9 @@
 import { createHash } from "node:crypto";
 import { mkdirSync, rmSync, writeFileSync } from "node:fs";
 import { dirname, join } from "node:path";
+import { schedule } from "../../compiler/schedule.ts";
 import type { KernelFacts, Manifest } from "../../ir/bundle.ts";
+import { parseGraph } from "../../ir/parse.ts";
 import type { ExchangeType, Field, Key, Buffer as Memory, RankProgram, Schedule, Step } from "../../ir/schedule.ts";
 import { type DType, dtypeBytes } from "../../ir/type.ts";
 
@@ -311,6 +313,41 @@ export const makeEvalBundle = (): Bundle => {
     schedules: [{ ...schedule, name: "main", exchanges: [], types: [], keys: [], programs: [program] }],
     weights: new Map(),
   };
+};
+
+/** A graph of four symbols, one of them the rows; its kernels are of program.cpp. */
+export const sizesGraph = `
+graph sizes
+symbol B 1..4 host
+symbol T 0..3 host
+symbol S 2..8 multiple 2 host
+symbol P 0..6 host
+input x f32[B,S]
+input past f32[P,B]
+input rows f32[T,8]
+turned f32[S,B] = transpose(x) {perm: [1, 0]}
+all f32[P+S,B] = concat(past, turned) {axis: 0}
+told f32[T,8] = neg(rows)
+output all
+output told
+`;
+
+export const makeSizesBundle = (): Bundle => {
+  const { manifest } = makeEvalBundle();
+  const kernelOf: Readonly<Record<string, string>> = { transpose: "turn", concat: "extend", neg: "tell" };
+  const graph = parseGraph(sizesGraph);
+  const main = schedule(graph, {
+    name: "main",
+    index: 0,
+    attention: { ranks: 1, target: "test" },
+    ffn: { ranks: 0, target: "test" },
+    microBatches: 1,
+    maxRows: 3,
+    kernelOf: (op) => kernelOf[op.kind] ?? op.kind,
+    weightBytes: () => 0,
+  });
+  const programs = [{ role: "attention", target: "test", device: "cpp", kernels: kernels(Object.values(kernelOf)) }] as const;
+  return { manifest: { ...manifest, programs }, schedules: [{ ...main, wire: manifest.wire }], weights: new Map() };
 };
 
 export const safetensors = (tensors: ReadonlyMap<string, Uint8Array>): Uint8Array => {

@@ -133,6 +133,28 @@ void twice(const s3_call *c) {
   });
 }
 
+// x [B,S] -> y [S,B], of a graph with the symbols B, T, S, P
+void turn(const s3_call *c) {
+  const std::int64_t B = c->dims[0], S = c->dims[2];
+  for (std::int64_t s = c->thread; s < S; s += c->threads)
+    for (std::int64_t b = 0; b < B; b++) arg<float>(c, 1)[s * B + b] = arg<float>(c, 0)[b * S + s];
+}
+
+// past [P,B], y [S,B] -> all [P+S,B]
+void extend(const s3_call *c) {
+  const auto columns = static_cast<std::size_t>(c->dims[0]), rows = static_cast<std::size_t>(c->dims[2]), past = static_cast<std::size_t>(c->dims[3]);
+  if (c->thread != 0) return;
+  std::memcpy(arg<float>(c, 2), arg<float>(c, 0), past * columns * sizeof(float));
+  std::memcpy(arg<float>(c, 2) + past * columns, arg<float>(c, 1), rows * columns * sizeof(float));
+}
+
+// x [T,8] -> y [T,8]: each row the values of the four symbols, and nothing
+void tell(const s3_call *c) {
+  rows(c, [&](std::size_t r) {
+    for (std::size_t i = 0; i < H; i++) arg<float>(c, 1)[r * H + i] = i < 4 ? static_cast<float>(c->dims[i]) : 0;
+  });
+}
+
 // any: changes what it is given to read
 void stray(const s3_call *c) {
   if (c->thread == 0) arg<std::uint8_t>(c, 0)[1] ^= 0x55;
@@ -141,6 +163,7 @@ void stray(const s3_call *c) {
 const s3_kernel_entry kernels[] = {
     {"embed", 4096, embed}, {"route", 0, route},   {"copy", 0, copy},   {"merge1", 0, merge<1>}, {"merge2", 0, merge<2>},
     {"head", 0, head},      {"experts", 0, experts}, {"dense", 0, dense}, {"twice", 0, twice},     {"stray", 0, stray},
+    {"turn", 0, turn},      {"extend", 0, extend}, {"tell", 0, tell},
 };
 const s3_program baseline = {S3_ABI, sizeof kernels / sizeof kernels[0], "baseline", kernels};
 
