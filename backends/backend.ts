@@ -144,6 +144,7 @@ export {
 } from "./contraction.ts";
 export { type Producers, producersOf, recognise } from "./recognise.ts";
 export { dialect, scalarHeader, storage } from "./scalar.ts";
+export { Sizes } from "./sizes.ts";
 export { compileTemplate, loadTemplate, loadText, sourceFile, type Template } from "./template.ts";
 export { tensorKernels } from "./tensors.ts";
 export { tokenKernels } from "./tokens.ts";

@@ -375,7 +375,7 @@ const put = (op: Op, sizes: Sizes): Planned | undefined => {
     count: sizes.text(count),
     updates: sizes.text(updates),
     line,
-    most: sizes.largest(count),
+    most: String(sizes.largest(count)),
   };
   return { about: aboutOf(`put by ${fn}`, op), context };
 };
