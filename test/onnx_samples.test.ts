@@ -13,7 +13,9 @@ import { silent } from "../compiler/progress.ts";
 import { randomNumbers, type Tensor } from "../ir/index.ts";
 import { models } from "../samples/onnx/make.ts";
 import { runModels } from "./onnx_runtime.ts";
+import { shareBuilds } from "./sample.ts";
 
+shareBuilds();
 const folder = mkdtempSync(join(tmpdir(), "step3c-onnx-samples-"));
 afterAll(() => rmSync(folder, { recursive: true }));
 
