@@ -69,8 +69,12 @@ const ofText = (path: string, options: EvalOptions): Evaluation => {
 
 const ofOnnx = (path: string, options: EvalOptions): Evaluation => {
   const model = readOnnx(path);
-  const fed = model.graph.inputs.filter((v) => !model.graph.initialisers.has(v.name));
-  const declared = fed.map(({ name, type }) => ({ name, dtype: onnxDType(type, `${path}: input '${name}'`) }));
+  const declared = model.graph.inputs.map(({ name, type }) => ({
+    name,
+    dtype: onnxDType(type, `${path}: input '${name}'`),
+    // an initializer of the same name is what it is when it is not given
+    optional: model.graph.initialisers.has(name),
+  }));
   const given = readInputs(declared, options.input);
   const imported = importFor(model, path, given);
   const nameOf = (name: string): string => imported.names.get(name) as string;
@@ -137,6 +141,7 @@ export const onTarget = async (
 interface Declaration {
   readonly name: string;
   readonly dtype: DType;
+  readonly optional?: boolean;
 }
 
 const declarations = (inputs: readonly Value[]): readonly Declaration[] =>
@@ -153,10 +158,11 @@ const readInputs = (declared: readonly Declaration[], given: readonly string[]):
   const known = declared.map((v) => v.name).join(", ");
   if (unknown !== undefined) throw new UserError(`--input ${unknown}: the graph has no such input; it has ${known}`);
   return new Map(
-    declared.map(({ name, dtype }) => {
+    declared.flatMap(({ name, dtype, optional }) => {
       const file = files.get(name);
+      if (file === undefined && optional === true) return [];
       if (file === undefined) throw new UserError(`input ${name} is not given; add --input ${name}=FILE.npy`);
-      return [name, readNpy(file, dtype)];
+      return [[name, readNpy(file, dtype)] as const];
     }),
   );
 };

@@ -69,7 +69,7 @@ test("every sample of every op that has no contraction or cache", { timeout: 900
   const backend: Backend = { name: "rows", api: 1, device: "cpp", arches: ["any"], dtypes, kernels, assemble };
   const report = checkBackend(backend, { runner });
   const contractions = ["linear", "scaled_linear", "grouped_linear", "scaled_grouped_linear"];
-  const others = [...contractions, "kv_append", "attention"];
+  const others = [...contractions, "sdpa", "kv_append", "attention"];
   expect(report.lacking).toEqual(others);
   const epilogues = knowledge("fused").samples.filter((s) => s.body?.ops.some((op) => contractions.includes(op.kind)));
   const expected = (r: SampleResult): boolean =>

@@ -9,6 +9,7 @@ import { attentionKernels, kv } from "./attention.ts";
 import { linearKernels } from "./linear.ts";
 import { reduceKernel } from "./reduce.ts";
 import { rowKernel } from "./rows.ts";
+import { sdpaKernel } from "./sdpa.ts";
 
 const backend: Backend = {
   name: "cpp",
@@ -19,6 +20,7 @@ const backend: Backend = {
   kernels: [
     ...linearKernels,
     ...attentionKernels,
+    sdpaKernel,
     ...tokenKernels(new URL(import.meta.url)),
     rowKernel,
     reduceKernel,

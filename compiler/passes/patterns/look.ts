@@ -95,7 +95,9 @@ export class Look {
     this.flow = flowOf(g);
     this.literals = new Map(
       g.weights.flatMap(({ value, source }) =>
-        source.kind === "literal" && source.values.length === 1 ? [[value.name, source.values[0] as number] as const] : [],
+        source.kind === "literal" && source.values.length > 0 && source.values.every((x) => x === source.values[0])
+          ? [[value.name, source.values[0] as number] as const]
+          : [],
       ),
     );
   }
@@ -173,7 +175,7 @@ export class Look {
     );
   }
 
-  /** The one element of a constant. */
+  /** What all elements of a constant are. */
   number(v: Value | undefined): number | undefined {
     if (v === undefined) return undefined;
     const op = this.maker(v);
