@@ -7,6 +7,7 @@ import { tokenKernels } from "../tokens.ts";
 import { assemble } from "./assemble.ts";
 import { attentionKernels, kv } from "./attention.ts";
 import { linearKernels } from "./linear.ts";
+import { reduceKernel } from "./reduce.ts";
 import { rowKernel } from "./rows.ts";
 import { sdpaKernel } from "./sdpa.ts";
 
@@ -22,6 +23,7 @@ const backend: Backend = {
     sdpaKernel,
     ...tokenKernels(new URL(import.meta.url)),
     rowKernel,
+    reduceKernel,
     ...tensorKernels({ templates: new URL(import.meta.url), knowsSymbols: true }),
   ],
   kv,
