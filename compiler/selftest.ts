@@ -5,7 +5,7 @@
 
 import type { KvLayout, Layout } from "../backends/backend.ts";
 import { caseFile, type KernelCase } from "../backends/kernel_cases.ts";
-import { bytesOf, concrete } from "../ir/bind.ts";
+import { bytesOf, concrete, withDefined } from "../ir/bind.ts";
 import { type DimSymbol, evalDim } from "../ir/dim.ts";
 import { type Draw, drawTensor, randomNumbers } from "../ir/draw.ts";
 import type { Graph, Op, Value } from "../ir/graph.ts";
@@ -83,7 +83,8 @@ const caseOf = (emission: Emission, op: Op, kv: KvLayout | undefined): KernelCas
   const { graph } = emission;
   const ops = opsOf(graph, op);
   if (ops === undefined) return undefined;
-  const symbols = new Map(graph.symbols.map((s) => [s.name, fewOf(s)]));
+  const few = graph.symbols.filter((s) => s.is === undefined).map((s) => [s.name, fewOf(s)] as const);
+  const symbols = withDefined(graph.symbols, new Map(few));
   // expressions such as S-P are no sizes with all values
   const types = ops.flatMap((o) => [...o.inputs, ...o.outputs].map((v) => v.type));
   if (types.some((t) => t.kind !== "kv" && t.shape.some((d) => evalDim(d, symbols) < 0))) return undefined;

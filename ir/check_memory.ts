@@ -276,6 +276,7 @@ export const collision = (program: RankProgram, { first, last, order }: Accesses
   let inUse = 0;
   for (const id of order) {
     const { offset, bytes } = buffers[id] as Buffer;
+    if (bytes === 0) continue;
     const end = offset + bytes;
     const now = first[id] as number;
     let kept = 0;

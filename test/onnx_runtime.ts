@@ -142,13 +142,23 @@ interface Result {
 }
 
 /** Outputs of each case by name, or what ONNX Runtime says is wrong; `from` is a folder whose node_modules has onnxruntime-node. */
-export const runOnnxRuntime = (cases: readonly NodeCase[], from: string): (ReadonlyMap<string, Tensor> | string)[] => {
+export const runOnnxRuntime = (cases: readonly NodeCase[], from: string): (ReadonlyMap<string, Tensor> | string)[] =>
+  runModels(
+    cases.map((c) => ({ model: modelOf(c), inputs: inputsOf(c) })),
+    from,
+  );
+
+/** The same of whole models. */
+export const runModels = (
+  models: readonly { readonly model: Uint8Array; readonly inputs: ReadonlyMap<string, Tensor> }[],
+  from: string,
+): (ReadonlyMap<string, Tensor> | string)[] => {
   const folder = mkdtempSync(join(tmpdir(), "step3c-ort-"));
   try {
     const base64 = (bytes: Uint8Array): string => Buffer.from(bytes).toString("base64");
-    const list = cases.map((c) => ({
-      model: base64(modelOf(c)),
-      inputs: [...inputsOf(c)].map(([name, t]) => ({
+    const list = models.map(({ model, inputs }) => ({
+      model: base64(model),
+      inputs: [...inputs].map(([name, t]) => ({
         name,
         type: typeNames[t.dtype],
         shape: t.shape,

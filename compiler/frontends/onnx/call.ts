@@ -110,8 +110,9 @@ export class Call {
   flag(name: string, otherwise: boolean): boolean {
     return this.int(name, Number(otherwise)) !== 0;
   }
+  /** An f32, as the format has attributes. */
   float(name: string, otherwise?: number): number {
-    return this.attribute(name, "float") ?? otherwise ?? this.missing(name);
+    return Math.fround(this.attribute(name, "float") ?? otherwise ?? this.missing(name));
   }
   text(name: string, otherwise?: string): string {
     const value = this.attribute(name, "string");

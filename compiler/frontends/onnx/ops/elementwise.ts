@@ -68,7 +68,8 @@ const power: Lowering = (c) => {
   const { dtype } = x.type;
   const exponent = c.e.tensorOf(y);
   const base = isFloat(dtype) ? wide(c.e, x) : c.e.cast(x, "f64");
-  const two = exponent?.data.length === 1 && exponent.data[0] === 2 && isFloat(dtype);
+  const two =
+    exponent?.data[0] === 2 && isFloat(dtype) && y.type.shape.every((d) => d === 1) && y.type.shape.length <= x.type.shape.length;
   const result = two ? c.e.op("mul", [base, base]) : binary(c.e, "pow", base, c.e.cast(y, base.type.dtype));
   return isFloat(dtype) ? c.e.cast(result, dtype) : wrap(c.e, result, dtype);
 };
@@ -83,6 +84,16 @@ const formula =
   (work: (e: Emitter, x: Item, c: Call, n: (value: number) => Item) => Item): Lowering =>
   (c) =>
     inWide(c.e, [c.x0], (x) => work(c.e, x, c, (value) => c.e.number(value, x.type.dtype)));
+
+/** The smallest integer of a type has no positive counterpart in it: it stays. */
+const signless =
+  (kind: "neg" | "abs"): Lowering =>
+  (c) => {
+    const { dtype } = c.x0.type;
+    if (isFloat(dtype)) return c.e.op(kind, [c.x0]);
+    if (dtype.startsWith("u")) return kind === "abs" ? c.x0 : c.fail(`must be signed, got ${dtype}`);
+    return wrap(c.e, c.e.op(kind, [c.e.cast(c.x0, "i64")]), dtype);
+  };
 
 const compare =
   (kind: string, swapped: boolean = false): Lowering =>
@@ -150,7 +161,7 @@ const isInf: Lowering = (c) => {
   const x = c.x0;
   const is = (value: number): Item => binary(c.e, "equal", x, c.e.number(value, x.type.dtype));
   if (positive && negative) return binary(c.e, "or", is(Infinity), is(-Infinity));
-  return positive ? is(Infinity) : negative ? is(-Infinity) : c.e.op("not", [c.e.op("equal", [x, x])]);
+  return positive ? is(Infinity) : negative ? is(-Infinity) : c.e.broadcast(c.e.number(0, "bool"), x.type.shape);
 };
 
 const sign: Lowering = (c) => {
@@ -197,8 +208,8 @@ export const elementwise: Readonly<Record<string, Lowering>> = {
   Sum: sum,
   Mean: (c) => inWide(c.e, [sum(c)], (x) => c.e.op("div", [x, c.e.number(c.inputs.length, x.type.dtype)])),
   Clip: clip,
-  Neg: (c) => (isFloat(c.dtype(0)) ? c.e.op("neg", [c.x0]) : wrap(c.e, c.e.op("neg", [c.e.cast(c.x0, "i64")]), c.dtype(0))),
-  Abs: (c) => c.e.op("abs", [c.x0]),
+  Neg: signless("neg"),
+  Abs: signless("abs"),
   Sign: sign,
   Floor: unary("floor"),
   Ceil: unary("ceil"),

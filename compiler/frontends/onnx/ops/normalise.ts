@@ -84,7 +84,14 @@ const groupNorm: Lowering = (c) => {
   const rest = shape.slice(2);
   const apart = c.e.reshape(c.e.cast(x, dtype === "f64" ? "f64" : "f32"), [shape[0] as Dim, groups, channels / groups, ...rest]);
   const { y } = normalised(c, apart, 2, c.float("epsilon", 1e-5), true);
-  const perChannel = (v: Item): Item => c.e.reshape(c.e.cast(v, y.type.dtype), [channels, ...rest.map((): Dim => 1)]);
+  const ones = rest.map((): Dim => 1);
+  // before opset 21 scale and bias are of groups
+  const perChannel = (v: Item): Item => {
+    const own = c.e.cast(v, y.type.dtype);
+    if (c.node.op !== "GroupNormalization" || c.opset >= 21) return c.e.reshape(own, [channels, ...ones]);
+    const repeated = c.e.broadcast(c.e.reshape(own, [groups, 1]), [groups, channels / groups]);
+    return c.e.reshape(repeated, [channels, ...ones]);
+  };
   const back = c.e.reshape(y, shape);
   return c.e.cast(binary(c.e, "add", binary(c.e, "mul", back, perChannel(c.x(1))), perChannel(c.x(2))), dtype);
 };

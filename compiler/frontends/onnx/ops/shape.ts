@@ -119,15 +119,18 @@ const evenly = (extent: number, parts: number): readonly number[] => {
   return Array.from({ length: parts }, (_, i) => Math.max(0, Math.min(size, extent - i * size)));
 };
 
-/** One axis of a slice: elements from `start` to before `end` by `step`, all in the numbering of Python. */
+/**
+ * One axis of a slice: elements from `start` to before `end` by `step`, numbered as in Python, but for a start before the first element with a
+ * step back: there ONNX begins at the first.
+ */
 const sliceAxis = (c: Call, x: Item, axis: number, start: Dim, end: Dim, step: number): Item => {
   const extent = x.type.shape[axis] as Dim;
   if (step === 0) c.fail("a step of 0");
   if (typeof start === "number" && typeof end === "number" && typeof extent === "number") {
     const [low, high] = step > 0 ? [0, extent] : [-1, extent - 1];
-    const limit = (v: number): number => Math.min(high, Math.max(low, v < 0 ? Math.max(v + extent, step > 0 ? 0 : -1) : v));
-    const first = limit(start);
-    const size = Math.max(0, Math.ceil((limit(end) - first) / step));
+    const limit = (v: number, least: number): number => Math.min(high, Math.max(least, v < 0 ? v + extent : v));
+    const first = limit(start, 0);
+    const size = extent === 0 ? 0 : Math.max(0, Math.ceil((limit(end, low) - first) / step));
     return size === 0 ? c.e.slice(x, axis, 0, 0) : c.e.slice(x, axis, first, size, step);
   }
   if (step !== 1) {
