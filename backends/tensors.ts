@@ -413,10 +413,10 @@ const put = (op: Op, sizes: Sizes): Planned | undefined => {
   return { about: aboutOf(`put by ${fn}`, op), context };
 };
 
-/** The rows of all axes but the last. */
-const leadingRows = (sizes: Sizes, shape: readonly Dim[]): { readonly rows: string; readonly most: string } => {
+/** The rows of all axes but the last, each in so many tiles. */
+const leadingRows = (sizes: Sizes, shape: readonly Dim[], tiles: Dim): { readonly rows: string; readonly most: string } => {
   const lead = shape.slice(0, -1);
-  return rowsText(sizes, lead, perTokenOf(lead[0], [shape]), "1", 1);
+  return rowsText(sizes, lead, perTokenOf(lead[0], [shape]), sizes.argument(tiles), tiles);
 };
 
 const cumulate = (op: Op, sizes: Sizes): Planned | undefined => {
@@ -429,31 +429,35 @@ const cumulate = (op: Op, sizes: Sizes): Planned | undefined => {
     max: { pattern: dialect.binary.max, start: Number.NEGATIVE_INFINITY },
     min: { pattern: dialect.binary.min, start: Number.POSITIVE_INFINITY },
   }[fn];
-  const exclusive = op.attrs.exclusive === true;
   const context = {
     arguments: argumentsOf(op),
-    ...leadingRows(sizes, shape),
+    ...leadingRows(sizes, shape, 1),
     columns: sizes.text(shape.at(-1) as Dim),
     start: dialect.literal(start, true),
     both: fill(pattern, "so", "x"),
     load: loadElement(dialect, dtype, "in_row", "at"),
-    store: storeElement(dialect, dtype, "out_row", "at", exclusive ? "so" : "next"),
-    exclusive,
+    store: storeElement(dialect, dtype, "out_row", "at", "result"),
+    exclusive: op.attrs.exclusive === true,
     reverse: op.attrs.reverse === true,
   };
   return { about: aboutOf(`cumulate by ${fn}`, op), context };
 };
 
+/** Elements of a row that a block of threads puts in order together. */
+const sortedAtOnce = 256;
+
 const sort = (op: Op, sizes: Sizes): Planned | undefined => {
   if (op.kind !== "sort") return undefined;
   const { shape } = typeOf(op.inputs, 0);
   const count = shapeOf(op.outputs[0] as Value).at(-1) as Dim;
-  const { rows, most } = leadingRows(sizes, shape);
+  const columns = shape.at(-1) as Dim;
   const context = {
     arguments: argumentsOf(op),
-    rows,
-    most,
-    columns: sizes.text(shape.at(-1) as Dim),
+    ...leadingRows(sizes, shape, 1),
+    // where each element finds its own place
+    parts: leadingRows(sizes, shape, ceilDivDim(columns, sortedAtOnce)),
+    part: sortedAtOnce,
+    columns: sizes.text(columns),
     count: sizes.text(count),
     descending: op.attrs.descending === true,
   };
