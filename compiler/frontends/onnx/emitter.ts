@@ -275,6 +275,11 @@ export class Emitter {
     return known?.kind === "dims" ? known.dims : known && [...known.tensor.data];
   }
 
+  /** Whether a <= b for all values of the symbols; undefined when that depends on them. */
+  atMost(a: Dim, b: Dim): boolean | undefined {
+    return compared("less_equal", a, b, this.symbols);
+  }
+
   /** The inputs of the graph that a value depends on. */
   inputsOf(item: Item): readonly string[] {
     const seen = new Set<string>();

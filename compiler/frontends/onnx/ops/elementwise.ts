@@ -239,7 +239,7 @@ export const elementwise: Readonly<Record<string, Lowering>> = {
     return alpha === 1 ? e.op("silu", [x]) : e.op("mul", [x, e.op("sigmoid", [e.op("mul", [n(alpha), x])])]);
   }),
   HardSigmoid: formula((e, x, c, n) => hardSigmoid(e, x, n, c.float("alpha", 0.2), c.float("beta", 0.5))),
-  HardSwish: formula((e, x, _, n) => e.op("mul", [x, hardSigmoid(e, x, n, 1 / 6, 0.5)])),
+  HardSwish: formula((e, x, _, n) => e.op("mul", [x, hardSigmoid(e, x, n, Math.fround(1 / 6), 0.5)])),
   Softplus: formula((e, x, _, n) => softplus(e, x, n)),
   Softsign: formula((e, x, _, n) => e.op("div", [x, e.op("add", [n(1), e.op("abs", [x])])])),
   Mish: formula((e, x, _, n) => e.op("mul", [x, e.op("tanh", [softplus(e, x, n)])])),

@@ -77,7 +77,7 @@ const logSumExp: Lowering = (c) => {
   const none = given === undefined || given.length === 0;
   if (none && c.flag("noop_with_empty_axes", false)) return c.x0;
   const axes = none ? shape.map((_, i) => i) : [...c.axes(given, shape.length)].sort((a, b) => a - b);
-  return inWide(c.e, [c.x0], (from) => {
+  const work = (from: Item): Item => {
     if (product(axes.map((a) => shape[a] as Dim)) === 0)
       return c.e.op("log", [reduced(c, from, "sum", axes, c.flag("keepdims", true))]);
     // the largest is taken out, so that nothing overflows; where it is infinite there is nothing to take out
@@ -88,7 +88,9 @@ const logSumExp: Lowering = (c) => {
     const result = binary(c.e, "add", c.e.op("log", [sum]), shift);
     const lead = shape.filter((_, i) => !axes.includes(i));
     return c.flag("keepdims", true) ? result : c.e.reshape(result, lead);
-  });
+  };
+  const { dtype } = c.x0.type;
+  return isFloat(dtype) ? inWide(c.e, [c.x0], work) : wrap(c.e, work(c.e.cast(c.x0, "f64")), dtype);
 };
 
 /** The place of the largest or smallest: the first one, or the last. */
