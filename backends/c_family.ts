@@ -8,13 +8,14 @@
  */
 
 import { Builder } from "../ir/build.ts";
-import { type Dim, dimText, multipleOf, tokenSymbol } from "../ir/dim.ts";
+import { type Dim, dimText, mulDim, multipleOf, product, tokenSymbol } from "../ir/dim.ts";
 import type { Graph, Op, Value } from "../ir/graph.ts";
 import { knowledge } from "../ir/ops/index.ts";
 import { roundTo } from "../ir/round.ts";
 import { arg, type BinaryScalar, type Scalar, type UnaryScalar, un } from "../ir/scalar.ts";
 import { type DType, type TensorType, typeText } from "../ir/type.ts";
 import type { KernelContext } from "./backend.ts";
+import type { Sizes } from "./sizes.ts";
 
 /** How a language spells arithmetic. In patterns, `$0`, `$1`, `$2` stand for operands, which are names, literals or in parentheses. */
 export interface Dialect {
@@ -261,21 +262,24 @@ export interface RowPlan {
  * column, loops over columns, and reductions of what the loops left. Values that a later stage needs are computed again when
  * that is cheap, else kept in a buffer.
  *
- * `decline` gets the reason when the body is not of this form.
+ * `decline` gets the reason when the body is not of this form. With `sizes`, axes of rows may be any expressions where rows are reduced:
+ * bodies of elements alone are left to kernels without rows.
  */
-export const planRows = (d: Dialect, body: Graph, decline: (why: string) => undefined): RowPlan | undefined => {
+export const planRows = (d: Dialect, body: Graph, decline: (why: string) => undefined, sizes?: Sizes): RowPlan | undefined => {
   const values = [...body.inputs, ...body.ops.flatMap((op) => op.outputs)];
   for (const v of values) {
     if (v.type.kind !== "tensor") return decline("row kernels take no states");
     if (d.storage[v.type.dtype] === undefined) return decline(`no ${v.type.dtype} in ${d.name}`);
   }
 
-  const space = rowSpace(values, body.outputs);
+  const reduces = body.ops.some((op) => op.kind === "reduce" || op.kind === "spread");
+  const space = rowSpace(values, body.outputs, reduces ? sizes : undefined);
   if (typeof space === "string") return decline(space);
   const nodes = nodesOf(body, space);
   const schedule = scheduleNodes(nodes);
   const plan = new RowEmitter(d, body, space, nodes, schedule).emit();
-  return plan.bufferBytes > mostBufferBytes ? decline(`a row needs ${plan.bufferBytes} bytes of intermediate values`) : plan;
+  if (plan.bufferBytes > mostBufferBytes) return decline(`a row needs ${plan.bufferBytes} bytes of intermediate values`);
+  return { ...plan, context: { ...plan.context, sizes: sizes?.variables ?? [] } };
 };
 
 /** How values lie over rows and columns. */
@@ -283,13 +287,13 @@ interface RowSpace {
   /** whether there are rows for each token */
   readonly perToken: boolean;
   /** rows for a token when there are tokens, else all rows */
-  readonly count: number;
+  readonly count: string;
   columns(v: Value): number;
   /** the index of a value's row: 0, `row`, or an expression of `row` */
   rowOf(v: Value): string;
 }
 
-const rowSpace = (values: readonly Value[], outputs: readonly Value[]): RowSpace | string => {
+const rowSpace = (values: readonly Value[], outputs: readonly Value[], sizes: Sizes | undefined): RowSpace | string => {
   // vectors over tokens ([T]) have one column
   const flat = values.some((v) => typeof (shapeOf(v).at(-1) ?? 0) !== "number");
   const lead = (v: Value): readonly Dim[] => (flat ? shapeOf(v) : shapeOf(v).slice(0, -1));
@@ -306,32 +310,36 @@ const rowSpace = (values: readonly Value[], outputs: readonly Value[]): RowSpace
     }
   }
   const [first = 1, ...rest] = axes;
-  if (rest.some((n) => typeof n !== "number")) return `only the first axis may depend on ${tokenSymbol}`;
-  const inner = (rest as number[]).reduce((a, b) => a * b, 1);
   const counted = rowsOf(first);
-  if (counted === undefined) return `${dimText(first)} rows are not a multiple of ${tokenSymbol}`;
+  const inTokens = counted !== undefined && rest.every((n) => typeof n === "number");
+  if (!inTokens && (sizes === undefined || flat))
+    return counted === undefined
+      ? `${dimText(first)} rows are not a multiple of ${tokenSymbol}`
+      : `only the first axis may depend on ${tokenSymbol}`;
+  const text = (d: Dim): string => sizes?.text(d) ?? String(d);
+  const all = inTokens ? mulDim(counted.count, product(rest)) : product(axes);
   if (values.some((v) => shapeOf(v).includes(0))) return "a value has no elements";
   const full = (v: Value): boolean => lead(v).length === rank && lead(v).every((n, i) => n === axes[i]);
   if (!outputs.every(full)) return `results differ in rows: ${outputs.map((v) => typeText(v.type)).join(", ")}`;
   return {
-    perToken: counted.perToken,
-    count: counted.count * inner,
+    perToken: inTokens && counted.perToken,
+    count: text(all),
     columns,
     rowOf: (v) => {
       if (full(v) && rank > 0) return "row";
       const own = lead(v);
       const terms: string[] = [];
-      let stride = 1;
+      let stride: Dim = 1;
       for (let i = own.length - 1; i >= 0; i--) {
         const size = own[i] as Dim;
         const at = rank - own.length + i;
         if (size !== 1) {
-          const below = axes.slice(at + 1).reduce<number>((a, n) => a * (n as number), 1);
-          const index = below === 1 ? "row" : `row / ${below}`;
-          const wrapped = at === 0 ? index : `${index} % ${size}`;
-          terms.push(stride === 1 ? wrapped : `${wrapped.includes(" ") ? `(${wrapped})` : wrapped} * ${stride}`);
+          const below = product(axes.slice(at + 1));
+          const index = below === 1 ? "row" : `row / ${text(below)}`;
+          const wrapped = at === 0 ? index : `${index} % ${text(size)}`;
+          terms.push(stride === 1 ? wrapped : `${wrapped.includes(" ") ? `(${wrapped})` : wrapped} * ${text(stride)}`);
         }
-        stride *= typeof size === "number" ? size : 1;
+        stride = mulDim(stride, size);
       }
       return terms.length === 0 ? "0" : terms.length === 1 ? (terms[0] as string) : terms.map((t) => `(${t})`).join(" + ");
     },

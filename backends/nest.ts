@@ -156,9 +156,9 @@ export const rowsText = (
 ): { readonly rows: string; readonly most: string } => {
   const byTokens = perToken !== 0;
   const count = byTokens ? mulDim(perToken, product(shape.slice(1))) : product(shape);
-  const most = sizes.largest(mulDim(count, mostTiles));
+  const most = String(sizes.largest(mulDim(count, mostTiles)));
   return {
-    rows: `${byTokens ? "of_tokens" : "fixed"}(c, ${sizes.text(count)}, ${tiles})`,
+    rows: `${byTokens ? "of_tokens" : "fixed"}(c, ${sizes.argument(count)}, ${tiles})`,
     most: byTokens ? `c.segments * c.stride * ${most}` : most,
   };
 };
@@ -182,7 +182,7 @@ export const loopsOf = (sizes: Sizes, { shape, walks, perToken }: Nest): Loops =
   const offsets = walks.map((w) => offsetText(sizes, hasOuter ? [...names, "j"] : names, w));
   const tiles = whole ? Math.min(1, cut as number) : tilesOf(cut, tile);
   return {
-    ...rowsText(sizes, rowAxes, perToken, sizes.text(tiles), tiles),
+    ...rowsText(sizes, rowAxes, perToken, sizes.argument(tiles), tiles),
     setup: [...lines(offsets), ...(whole ? [] : [part])],
     outer: hasOuter ? [bounds] : [],
     inner: hasOuter ? { from: "0", to: sizes.text(width) } : bounds,
@@ -227,7 +227,7 @@ export const squaresOf = (sizes: Sizes, { shape, walks, perToken }: Nest): Squar
     return typeof size === "number" && size < squareSide ? all : `least(${all} - ${index}, ${square})`;
   };
   return {
-    ...rowsText(sizes, rows, perToken, sizes.text(tiles), tiles),
+    ...rowsText(sizes, rows, perToken, sizes.argument(tiles), tiles),
     setup: [
       ...lines(offsets),
       `const int64_t j = r.tile / ${sizes.text(downTiles)} * ${squareSide}, i = r.tile % ${sizes.text(downTiles)} * ${squareSide};`,

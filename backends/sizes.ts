@@ -19,6 +19,11 @@ export class Sizes {
     return /^\w+$/.test(text) ? text : `(${text.trim()})`;
   }
 
+  /** The same without the parentheses, for an argument of a function. */
+  argument(d: Dim): string {
+    return this.text(d).replace(/^\((.*)\)$/, "$1");
+  }
+
   private variable(symbol: string): string {
     const known = this.found.get(symbol);
     if (known !== undefined) return known.name;
@@ -31,8 +36,8 @@ export class Sizes {
   }
 
   /** What a size never exceeds. */
-  largest(d: Dim): string {
-    return String(Math.max(0, mostOf(d, this.target.symbols)));
+  largest(d: Dim): number {
+    return Math.max(0, mostOf(d, this.target.symbols));
   }
 
   /** `const int64_t d0 = size_of(c, 0);` for each symbol that a text had */

@@ -232,6 +232,39 @@ const iota: NestsOf = (op, sizes) => {
   return [withLoops(loops, out.lines, [storeElement(dialect, dtype, out.name, at, `static_cast<double>(${own})`)])];
 };
 
+/** Both halves of a row at a time. */
+const rope: NestsOf = (op, sizes) => {
+  const { shape, dtype } = typeOf(op.outputs, 0);
+  const half = divDim(shape.at(-1) as Dim, 2);
+  const operands = [
+    ...["x", "cos", "sin"].map((name, i) => ({
+      name,
+      v: op.inputs[i] as Value,
+      argument: `in${i}`,
+      type: `const ${storage[dtype]}`,
+    })),
+    { name: "y", v: op.outputs[0] as Value, argument: "out0", type: storage[dtype] },
+  ];
+  const walks = operands.flatMap(({ v }) => [0, half].map((start): Walk => ({ ...walkOf(shapeOf(v), shape), start })));
+  const loops = loopsOf(sizes, nestOf(shape.with(-1, half), walks, tokensOf(op)));
+  const [pointers, loads]: [string[], string[]] = [[], []];
+  operands.forEach(({ name, argument, type }, n) => {
+    for (const i of [0, 1]) {
+      pointers.push(`${type} *const ${name}${i}_at = ${plus(argument, loops.offsets[2 * n + i] as string)};`);
+      const load = loadElement(dialect, dtype, `${name}${i}_at`, indexOf(sizes, loops.steps[2 * n + i] as Dim));
+      if (name !== "y") loads.push(`const ${variableType(dialect, dtype)} ${name}${i} = ${load};`);
+    }
+  });
+  const at = indexOf(sizes, loops.steps.at(-1) as Dim);
+  return [
+    withLoops(loops, pointers, [
+      ...loads,
+      storeElement(dialect, dtype, "y0_at", at, "(x0 * cos0 - x1 * sin0)"),
+      storeElement(dialect, dtype, "y1_at", at, "(x1 * cos1 + x0 * sin1)"),
+    ]),
+  ];
+};
+
 const size: NestsOf = (op, sizes) => {
   const extent = shapeOf(op.inputs[0] as Value)[integer(op, "axis")] as Dim;
   const loops = loopsOf(sizes, nestOf([], [], 0));
@@ -330,7 +363,7 @@ const moves: Readonly<Record<string, NestsOf>> = {
   concat,
   take,
 };
-const makes: Readonly<Record<string, NestsOf>> = { iota, size };
+const makes: Readonly<Record<string, NestsOf>> = { iota, size, rope };
 
 const nestsPlan = (about: string, nests: readonly NestContext[], args: ReturnType<typeof argumentsOf>): Planned => ({
   about,
@@ -375,7 +408,7 @@ const put = (op: Op, sizes: Sizes): Planned | undefined => {
     count: sizes.text(count),
     updates: sizes.text(updates),
     line,
-    most: sizes.largest(count),
+    most: String(sizes.largest(count)),
   };
   return { about: aboutOf(`put by ${fn}`, op), context };
 };

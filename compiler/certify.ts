@@ -73,7 +73,9 @@ const clocksOf = ({ programs, exchanges, slots }: Schedule): readonly (readonly 
 const reuseOf = ({ buffers, steps }: RankProgram): readonly Reuse[] => {
   const scratch = new Map<string, { id: number; start: number; end: number; first: number; last: number }>();
   buffers.forEach((b, id) => {
-    if (b.region === "scratch") scratch.set(b.name, { id, start: b.offset, end: b.offset + b.bytes, first: -1, last: -1 });
+    // a value without elements takes nobody's memory
+    if (b.region === "scratch" && b.bytes > 0)
+      scratch.set(b.name, { id, start: b.offset, end: b.offset + b.bytes, first: -1, last: -1 });
   });
   const order: { id: number; start: number; end: number; first: number; last: number }[] = [];
   steps.forEach((step, i) => {

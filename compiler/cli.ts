@@ -86,7 +86,10 @@ program
   .addOption(new Option("--skip-pass <pass>", "leave out a pass (may be repeated)").argParser(collect).default([], "none"))
   .option("--pass-limit <n>", "apply at most n rewrites, to find the one at fault by bisection", whole)
   .option("--time-passes", "print the time of every pass")
-  .option("--explain <what>", "partition, or the name of a kernel or an op: say what was decided and why")
+  .option(
+    "--explain <what>",
+    "partition, or the name of a kernel, an op or a value: say what was decided and why, and why patterns are not there",
+  )
   .action(async (model: string, options: Omit<CompileOptions, "attentionRanks"> & { out?: string }) => {
     const { compile } = await import("./compile.ts");
     const printed = await compile(model, options, progress);

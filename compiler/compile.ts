@@ -1,6 +1,7 @@
 /** The whole compiler on one page: source -> Graph -> (passes) -> Graph -> schedule -> Schedule -> emit -> Bundle. */
 import type { Backend, KvLayout } from "../backends/backend.ts";
 import { loadBackend } from "../backends/index.ts";
+import { tokenSymbol } from "../ir/dim.ts";
 import { UserError } from "../ir/error.ts";
 import type { Graph } from "../ir/graph.ts";
 import { printGraph } from "../ir/print.ts";
@@ -156,8 +157,11 @@ const makeSchedules = (
     });
   return model.language
     ? [one("prefill", 0, prefillRows, options.microBatches), one("decode", 1, decodeRows(options), options.microBatches)]
-    : [one("main", 0, model.rows, split ? options.microBatches : 1)];
+    : [one("main", 0, rowsOf(emission.graph), split ? options.microBatches : 1)];
 };
+
+/** Most rows of a graph that is run once; passes may give it some. */
+const rowsOf = (graph: Graph): number => graph.symbols.find((s) => s.name === tokenSymbol)?.max ?? 1;
 
 const missing = (weight: string): never => {
   throw new Error(`the schedule asks for weight ${weight}, which the graph does not have`);

@@ -68,7 +68,9 @@ export const emit = (graph: Graph, sides: Readonly<Record<Role, Side>>, kv: KvLa
   const chosen = new Map<Op, EmittedKernel>();
   for (const [op, choice] of choices) {
     const role = roleOf(op.place);
-    const known = byText[role].get(choice.text);
+    // the runtime holds every launch of a kernel to the same arguments, and weights are not typed: they may be packed
+    const identity = `${choice.text}\n${op.inputs.map((v) => Number(isWeight(v))).join("")}`;
+    const known = byText[role].get(identity);
     if (known) {
       chosen.set(op, known);
       continue;
@@ -82,7 +84,7 @@ export const emit = (graph: Graph, sides: Readonly<Record<Role, Side>>, kv: KvLa
       inexact: choice.plan.inexact,
     };
     kernels[role].push(kernel);
-    byText[role].set(choice.text, kernel);
+    byText[role].set(identity, kernel);
     chosen.set(op, kernel);
   }
 

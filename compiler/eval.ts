@@ -69,8 +69,12 @@ const ofText = (path: string, options: EvalOptions): Evaluation => {
 
 const ofOnnx = (path: string, options: EvalOptions): Evaluation => {
   const model = readOnnx(path);
-  const fed = model.graph.inputs.filter((v) => !model.graph.initialisers.has(v.name));
-  const declared = fed.map(({ name, type }) => ({ name, dtype: onnxDType(type, `${path}: input '${name}'`) }));
+  const declared = model.graph.inputs.map(({ name, type }) => ({
+    name,
+    dtype: onnxDType(type, `${path}: input '${name}'`),
+    // an initializer of the same name is what it is when it is not given
+    optional: model.graph.initialisers.has(name),
+  }));
   const given = readInputs(declared, options.input);
   const imported = importFor(model, path, given);
   const nameOf = (name: string): string => imported.names.get(name) as string;
@@ -107,7 +111,7 @@ const evalBundle = async (bundle: string, options: EvalOptions, progress: Progre
   const given = readInputs(declared, options.input);
   const inputs = new Map(program.inputs.map((v) => [v.name, given.get(nameOf(v.name)) as Tensor]));
   // before anything is built
-  const symbols = symbolsOf(program.symbols, boundOf(program.inputs, inputs));
+  const symbols = symbolsOf(program.symbols, boundOf(program.inputs, inputs), nameOf);
   const native = await buildBundle(bundle, manifest, progress, options.isa);
   const outputs = runOnce(bundle, native, program, inputs, symbols, options.isa);
   qualify(bundle, manifest, "ran", native.shown, progress);
@@ -137,6 +141,7 @@ export const onTarget = async (
 interface Declaration {
   readonly name: string;
   readonly dtype: DType;
+  readonly optional?: boolean;
 }
 
 const declarations = (inputs: readonly Value[]): readonly Declaration[] =>
@@ -153,10 +158,11 @@ const readInputs = (declared: readonly Declaration[], given: readonly string[]):
   const known = declared.map((v) => v.name).join(", ");
   if (unknown !== undefined) throw new UserError(`--input ${unknown}: the graph has no such input; it has ${known}`);
   return new Map(
-    declared.map(({ name, dtype }) => {
+    declared.flatMap(({ name, dtype, optional }) => {
       const file = files.get(name);
+      if (file === undefined && optional === true) return [];
       if (file === undefined) throw new UserError(`input ${name} is not given; add --input ${name}=FILE.npy`);
-      return [name, readNpy(file, dtype)];
+      return [[name, readNpy(file, dtype)] as const];
     }),
   );
 };
@@ -165,9 +171,14 @@ const boundOf = (wanted: readonly Value[], inputs: ReadonlyMap<string, Tensor>):
   wanted.map((v) => ({ ...v, datum: inputs.get(v.name) as Tensor }));
 
 /** The values of the symbols that the inputs imply, each as declared. */
-const symbolsOf = (declared: readonly DimSymbol[], inputs: readonly Bound[]): Symbols => {
-  const symbols = withDefined(declared, bindSymbols(inputs));
-  checkRanges(declared, inputs, symbols);
+const symbolsOf = (
+  declared: readonly DimSymbol[],
+  inputs: readonly Bound[],
+  nameOf: (input: string) => string = (name) => name,
+): Symbols => {
+  const named = inputs.map((v) => ({ ...v, name: nameOf(v.name) }));
+  const symbols = withDefined(declared, bindSymbols(named));
+  checkRanges(declared, named, symbols);
   return symbols;
 };
 
@@ -181,9 +192,7 @@ interface Program {
 }
 
 const readProgram = (bundle: string): Program => {
-  const { programs } = readJson(join(bundle, "schedule-main.json")) as Schedule;
-  // those of the schedule do not say which are defined by others
-  const { symbols } = readManifest(bundle);
+  const { symbols, programs } = readJson(join(bundle, "schedule-main.json")) as Schedule;
   const buffers = programs[0]?.buffers ?? [];
   const values = (region: Buffer["region"]): readonly Value[] =>
     buffers.flatMap((b) =>
@@ -199,9 +208,11 @@ const runOnce = (
   native: NativeBuild,
   program: Program,
   inputs: ReadonlyMap<string, Tensor>,
-  symbols: Symbols,
+  given: Symbols,
   isa: string | undefined,
 ): Map<string, Tensor> => {
+  // passes define symbols too
+  const symbols = withDefined(program.symbols, given);
   const loose = program.symbols.filter((s) => !symbols.has(s.name));
   const missing = loose.filter((s) => program.used.has(s.name)).map((s) => s.name);
   if (missing.length > 0) unbound(missing, boundOf(program.inputs, inputs));

@@ -12,8 +12,8 @@ export interface Pass {
   /** passes that must stand before this one wherever they are in a list at all */
   readonly after?: readonly string[];
   run(g: Graph, context: PassContext): Graph;
-  /** `--explain NAME`: what the pass will do with this graph, and why */
-  explain?(g: Graph): string;
+  /** `--explain NAME`: what the pass will do with this graph, and why; undefined when the name is nothing to it */
+  explain?(g: Graph, name: string): string | undefined;
 }
 
 export interface PassContext {
@@ -44,7 +44,7 @@ export interface PassOptions {
   readonly time?: boolean | undefined;
   /** continue after the pass that dumped the graph, see `resumePoint` */
   readonly from?: ResumePoint | undefined;
-  /** print what the pass of this name will do, and why */
+  /** print what passes will do about this name, and why */
   readonly explain?: string | undefined;
   /** takes everything printed for people; each text ends with a newline */
   readonly print?: ((text: string) => void) | undefined;
@@ -94,7 +94,8 @@ export const runPasses = (graph: Graph, passes: readonly Pass[], options: PassOp
     if (index < first) continue;
     const skipped = options.skip?.includes(pass.name) ?? false;
     if (!skipped) {
-      if (options.explain === pass.name && pass.explain) print(pass.explain(g));
+      const explained = options.explain === undefined ? undefined : pass.explain?.(g, options.explain);
+      if (explained !== undefined) print(explained);
       const before = applications;
       const started = performance.now();
       const result = pass.run(g, context);

@@ -84,9 +84,7 @@ export const schedule = (graph: Graph, options: ScheduleOptions): Schedule => {
   ] as const)
     if (!Number.isInteger(n) || n < low || n > high) throw new UserError(`${n} ${what}: choose ${low} to ${high}`);
 
-  const symbols = graph.symbols.map(
-    ({ is: _, ...s }): DimSymbol => (s.name === tokenSymbol ? { ...s, max: options.maxRows } : s),
-  );
+  const symbols = graph.symbols.map((s): DimSymbol => (s.name === tokenSymbol ? { ...s, max: options.maxRows } : s));
   const sizes = sizer(symbols);
   const flow = readFlow(graph, ffn.ranks);
   for (const op of [...flow.dispatches, ...flow.collects, ...flow.blocks.flat(2)]) onlyTokensVary(op);

@@ -5,7 +5,7 @@
 
 import type { KvLayout, Layout } from "../backends/backend.ts";
 import { caseFile, type KernelCase } from "../backends/kernel_cases.ts";
-import { bytesOf, concrete } from "../ir/bind.ts";
+import { bytesOf, concrete, withDefined } from "../ir/bind.ts";
 import { type DimSymbol, evalDim } from "../ir/dim.ts";
 import { type Draw, drawTensor, randomNumbers } from "../ir/draw.ts";
 import type { Graph, Op, Value } from "../ir/graph.ts";
@@ -22,6 +22,10 @@ const mostFlops = 2e7;
 const drawFor = (op: Op, i: number): Draw => {
   const types = op.inputs.map((v) => v.type);
   if (op.kind === "gather" && i === 1) return { below: (types[0] as TensorType).shape[0] as number };
+  if ((op.kind === "take" || op.kind === "put") && i === 1) {
+    const extent = (types[0] as TensorType).shape[Number(op.attrs.axis ?? 0)];
+    return { below: typeof extent === "number" ? extent : 1 };
+  }
   if (op.kind === "rotary" && i === 2) return { below: (types[1] as TensorType).shape[0] as number };
   if (op.kind.endsWith("grouped_linear") && i === op.inputs.length - 1)
     return {
@@ -79,7 +83,8 @@ const caseOf = (emission: Emission, op: Op, kv: KvLayout | undefined): KernelCas
   const { graph } = emission;
   const ops = opsOf(graph, op);
   if (ops === undefined) return undefined;
-  const symbols = new Map(graph.symbols.map((s) => [s.name, fewOf(s)]));
+  const few = graph.symbols.filter((s) => s.is === undefined).map((s) => [s.name, fewOf(s)] as const);
+  const symbols = withDefined(graph.symbols, new Map(few));
   // expressions such as S-P are no sizes with all values
   const types = ops.flatMap((o) => [...o.inputs, ...o.outputs].map((v) => v.type));
   if (types.some((t) => t.kind !== "kv" && t.shape.some((d) => evalDim(d, symbols) < 0))) return undefined;

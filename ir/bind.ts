@@ -36,7 +36,8 @@ export const cost = (flops: number, types: readonly Type[], symbols: Symbols): C
 /** The symbols that others define, added to those given. */
 export const withDefined = (symbols: readonly DimSymbol[], values: Symbols): Symbols => {
   const all = new Map(values);
-  for (const s of symbols) if (s.is !== undefined && !all.has(s.name)) all.set(s.name, evalDim(s.is, all));
+  for (const { name, is } of symbols)
+    if (is !== undefined && !all.has(name) && dimSymbols(is).every((s) => all.has(s))) all.set(name, evalDim(is, all));
   return all;
 };
 
@@ -100,8 +101,10 @@ export const unbound = (names: readonly string[], pairs: readonly Bound[]): neve
 
 /** Throws a UserError that names input, axis, size and limit when the value of a symbol that shapes imply is none that was declared. */
 export const checkRanges = (declared: readonly DimSymbol[], pairs: readonly Bound[], values: Symbols): void => {
-  for (const { name, min, max, multiple } of declared) {
+  for (const { name, min, max, multiple, is } of declared) {
     const value = values.get(name);
+    if (is !== undefined && value !== undefined && value !== evalDim(is, values))
+      throw new UserError(`${name} is ${is} = ${evalDim(is, values)}, and by the sizes of the inputs ${value}`);
     if (value === undefined || (value >= min && value <= max && value % multiple === 0)) continue;
     const places = pairs.flatMap((pair) => axesOf(pair).map(({ dim, size }, axis) => ({ input: pair.name, axis, dim, size })));
     const place = places.find(({ dim }) => dim === name) ?? places.find(({ dim }) => dimSymbols(dim).includes(name));

@@ -67,7 +67,13 @@ export const layOut = (program: RankProgram, context: Context, alike: Layout | u
     const b = buffers[id] as Buffer;
     if (roomy && alike.buffers[id] === b) continue; // found right before
     const { name, region, offset, bytes } = b;
-    if (!(b.dtype in widths) || !Array.isArray(b.shape) || !isIndex(offset, 2 ** 53) || !isIndex(bytes, 2 ** 53) || bytes === 0)
+    if (
+      !(b.dtype in widths) ||
+      !Array.isArray(b.shape) ||
+      !isIndex(offset, 2 ** 53) ||
+      !isIndex(bytes, 2 ** 53) ||
+      (bytes === 0 && region === "exchange")
+    )
       throw new Rejected("form", [`${rank.name}: buffer ${name} is not well formed`]);
     if (b.slot !== undefined && !isIndex(b.slot, context.slots))
       throw new Rejected("slot", [`${rank.name}: ${placeText(b)} is of slot ${b.slot}, of ${context.slots} slots`]);
@@ -270,6 +276,7 @@ export const collision = (program: RankProgram, { first, last, order }: Accesses
   let inUse = 0;
   for (const id of order) {
     const { offset, bytes } = buffers[id] as Buffer;
+    if (bytes === 0) continue;
     const end = offset + bytes;
     const now = first[id] as number;
     let kept = 0;

@@ -116,6 +116,14 @@ export const form = (holds: boolean, line: string): void => {
 export const isIndex = (n: unknown, below: number): n is number =>
   typeof n === "number" && Number.isInteger(n) && n >= 0 && n < below;
 
+const largest = (d: Dim, symbols: Schedule["symbols"]): number => {
+  try {
+    return mostOf(d, symbols);
+  } catch (error) {
+    throw new Rejected("form", [(error as Error).message]);
+  }
+};
+
 /** A symbol, if any, on which a shape depends besides the rows. */
 export const otherThanTokens = (shape: readonly Dim[]): string | undefined =>
   shape.every((d) => typeof d === "number" || d === tokenSymbol)
@@ -162,15 +170,16 @@ export const readContext = (schedule: Schedule): Context => {
     form(!declared.has(name), `symbol ${name} is declared twice`);
     declared.add(name);
   }
+  for (const { name, max, is } of symbols)
+    if (is !== undefined) {
+      const most = largest(is, symbols);
+      form(most <= max, `symbol ${name} is ${is}, which may be ${most}, and is said to be at most ${max}`);
+    }
   const extents = new Map<Dim, number>();
   const extent = (d: Dim): number => {
     let n = typeof d === "number" ? d : extents.get(d);
     if (n === undefined) {
-      try {
-        n = mostOf(d, symbols);
-      } catch (error) {
-        throw new Rejected("form", [(error as Error).message]);
-      }
+      n = largest(d, symbols);
       extents.set(d, n);
     }
     form(isIndex(n, 2 ** 53), `dimension ${d} is ${n}`);

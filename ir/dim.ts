@@ -250,10 +250,7 @@ export const dimTerms = (
 }[] =>
   [...read(d)].map(([monomial, coefficient]) => ({
     coefficient,
-    factors: splitAtoms(monomial).map((atom) => {
-      const quotient = /^\((.*)\)\/(\d+)$/.exec(atom);
-      return quotient ? { of: quotient[1] as string, by: Number(quotient[2]) } : atom;
-    }),
+    factors: splitAtoms(monomial).map((atom) => quotientOf(atom) ?? atom),
   }));
 
 /** The dim with dims in the place of symbols. */

@@ -4,6 +4,7 @@
  *
  *     schedule decode abi 1 wire "9f3c" slots 2
  *     dim T 0..8 by 1 host
+ *     dim N 0..32 by 1 host is "4*T"
  *     exchange dense = tok e4m3[T,256] 2048 bytes, head u8[64] 64 bytes -> back bf16[T,256] 4096 bytes
  *     order dense, moe x 56, dense
  *     key 65536 a2f a0 f0 s0 tok: tok0 -> tok0
@@ -38,7 +39,10 @@ import { type DType, dtypes } from "./type.ts";
 /** The text of a schedule. */
 export const printSchedule = (s: Schedule): string => {
   const lines = [`schedule ${nameText(s.name)} abi ${s.abi} wire ${JSON.stringify(s.wire)} slots ${s.slots}`];
-  for (const d of s.symbols) lines.push(`dim ${nameText(d.name)} ${d.min}..${d.max} by ${d.multiple} ${d.source}`);
+  for (const d of s.symbols)
+    lines.push(
+      `dim ${nameText(d.name)} ${d.min}..${d.max} by ${d.multiple} ${d.source}${d.is === undefined ? "" : ` is ${JSON.stringify(String(d.is))}`}`,
+    );
   for (const t of s.types) {
     const fields = (list: readonly Field[]): string => list.map(fieldText).join(", ");
     lines.push(`exchange ${nameText(t.name)} = ${fields(t.push)} -> ${fields(t.pull)}`);
@@ -88,6 +92,7 @@ const words = [
   "after",
   "from",
   "to",
+  "is",
 ] as const;
 type WordName = (typeof words)[number];
 
@@ -226,6 +231,14 @@ const numbered = (t: IToken, letters: string, what: string): number => {
   return Number(digits);
 };
 
+const dimOf = (t: IToken): Dim => {
+  try {
+    return parseDim(JSON.parse(t.image) as string);
+  } catch (error) {
+    throw new Blame((error as Error).message, t);
+  }
+};
+
 const typeOf = (t: IToken): { readonly dtype: DType; readonly shape: readonly Dim[] } => {
   const open = t.image.indexOf("[");
   const dtype = dtypes.find((d) => d === t.image.slice(0, open));
@@ -326,10 +339,14 @@ class ScheduleParser extends EmbeddedActionsParser {
     this.CONSUME(word.by);
     const multiple = this.SUBRULE2(this.int);
     const source = this.CONSUME(Name);
+    const is = this.OPTION(() => {
+      this.CONSUME(word.is);
+      return this.CONSUME(Text);
+    });
     return this.ACTION(() => {
       if (source.image !== "host" && source.image !== "device")
         throw new Blame(`expected 'host' or 'device', found ${found(source)}`, source);
-      return { name, min, max, multiple, source: source.image };
+      return { name, min, max, multiple, source: source.image, ...(is === undefined ? {} : { is: dimOf(is) }) };
     });
   });
 

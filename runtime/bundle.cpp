@@ -132,12 +132,13 @@ std::uint64_t mostOr(const Json &where, const Dim &dim, const std::vector<Symbol
   }
 }
 
+Dim readDim(const Json &v) {
+  if (v.is(Json::Kind::text)) return {0, v.text()};
+  return {static_cast<std::uint64_t>(v.whole(0, max_bytes)), {}};
+}
 std::vector<Dim> readShape(const Json &v) {
   std::vector<Dim> shape;
-  for (const Json &d : v.items()) {
-    if (d.is(Json::Kind::text)) shape.push_back({0, d.text()});
-    else shape.push_back({static_cast<std::uint64_t>(d.whole(0, max_bytes)), {}});
-  }
+  for (const Json &d : v.items()) shape.push_back(readDim(d));
   if (shape.size() > 16) v.refuse("more than 16 dimensions");
   return shape;
 }
@@ -258,7 +259,8 @@ class ScheduleReader {
     s_.slots = static_cast<std::uint32_t>(file_["slots"].whole(1, 1024));
     for (const Json &v : file_["symbols"].items()) {
       const auto size = [&](const char *name, std::int64_t least) { return static_cast<std::uint64_t>(v[name].whole(least, 1 << 30)); };
-      Symbol symbol{v["name"].text(), size("min", 0), size("max", 0), size("multiple", 1)};
+      Symbol symbol{v["name"].text(), size("min", 0), size("max", 0), size("multiple", 1), {}};
+      if (const Json *is = v.find("is")) symbol.is = readDim(*is);
       if (symbol.min > symbol.max) v.refuse(say("symbol '", symbol.name, "' has a minimum above its maximum"));
       for (const Symbol &other : s_.symbols)
         if (other.name == symbol.name) v.refuse(say("symbol '", symbol.name, "' is declared twice"));

@@ -23,17 +23,18 @@ struct RankId {
   bool operator==(const RankId &) const = default;
 };
 
-/// A declared size of a schedule: a multiple of `multiple` from `min` to `max`.
-struct Symbol {
-  std::string name;
-  std::uint64_t min = 0, max = 0, multiple = 1;
-};
-
 /// A dimension: a number, or an expression over symbols as ir/dim.ts writes it.
 struct Dim {
   std::uint64_t value = 0;
   std::string text;  // empty: `value`
   bool operator==(const Dim &) const = default;
+};
+
+/// A declared size of a schedule: a multiple of `multiple` from `min` to `max`.
+struct Symbol {
+  std::string name;
+  std::uint64_t min = 0, max = 0, multiple = 1;
+  std::optional<Dim> is;  // its value, where other symbols define it
 };
 
 /// The value of a dimension, given those of the symbols in their order. Throws std::string when it makes no sense.

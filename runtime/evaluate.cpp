@@ -19,6 +19,17 @@ std::string pathOf(const std::string &directory, std::string name) {
   return directory + "/" + name + ".bin";
 }
 
+/// The value of a dimension; `what` has it.
+std::uint64_t sizeOf(const Dim &d, const Schedule &s, const std::vector<std::uint64_t> &values, const std::string &what) {
+  try {
+    return evalDim(d, s.symbols, values);
+  } catch (const std::string &why) {
+    std::string sizes;
+    for (std::size_t i = 0; i < values.size(); i++) sizes += say(i ? ", " : "", s.symbols[i].name, "=", values[i]);
+    fail(exit_input, what, " cannot be with ", sizes, ": ", why);
+  }
+}
+
 /// The values of the schedule's symbols, each within its range.
 std::vector<std::uint64_t> valuesOf(const Schedule &s, const EvaluateOptions &options) {
   if (options.rows > s.rows) fail(exit_input, "--rows ", options.rows, ": the schedule holds at most ", s.rows);
@@ -39,19 +50,18 @@ std::vector<std::uint64_t> valuesOf(const Schedule &s, const EvaluateOptions &op
            x.multiple == 1 ? "" : say(", a multiple of ", x.multiple));
     values.push_back(given->second);
   }
+  for (std::size_t i = 0; i < values.size(); i++) {
+    const Symbol &x = s.symbols[i];
+    const std::uint64_t is = x.is ? sizeOf(*x.is, s, values, "symbol " + x.name) : values[i];
+    if (is != values[i]) fail(exit_input, "symbol ", x.name, " is given as ", values[i], ", and is ", x.is->text, " = ", is);
+  }
   return values;
 }
 
 /// Bytes of a buffer with these sizes; none is larger than at its maximum, for which it was allocated.
 std::uint64_t bytesOf(const Buffer &b, const Schedule &s, const std::vector<std::uint64_t> &values) {
   std::uint64_t n = b.width;
-  try {
-    for (const Dim &d : b.shape) n *= evalDim(d, s.symbols, values);
-  } catch (const std::string &why) {
-    std::string sizes;
-    for (std::size_t i = 0; i < values.size(); i++) sizes += say(i ? ", " : "", s.symbols[i].name, "=", values[i]);
-    fail(exit_input, "'", b.binds.empty() ? b.name : b.binds, "' cannot be with ", sizes, ": ", why);
-  }
+  for (const Dim &d : b.shape) n *= sizeOf(d, s, values, "'" + (b.binds.empty() ? b.name : b.binds) + "'");
   return n;
 }
 
@@ -110,8 +120,12 @@ void evaluate(Engine &engine, const EvaluateOptions &options) {
         const auto data = readFile(pathOf(options.inputs, buffer.binds), buffer.binds, bytesOf(buffer, s, values));
         engine.write(schedule, buffer, data.data(), data.size());
       }
-  if (engine.rank().role == Role::attention)
-    for (std::uint32_t slot = 0; slot < s.slots; slot++) engine.setSymbols(schedule, slot, values);
+  if (engine.rank().role == Role::attention) {
+    // slots without rows have as little to do as there can be
+    std::vector<std::uint64_t> least;
+    for (const Symbol &x : s.symbols) least.push_back((x.min + x.multiple - 1) / x.multiple * x.multiple);
+    for (std::uint32_t slot = 0; slot < s.slots; slot++) engine.setSymbols(schedule, slot, ours && slot == 0 ? values : least);
+  }
   const s3_round round = engine.agree({ours ? schedule + 1 : 0, 1, 0});
   if (round.stop) fail(exit_internal, "the round of --eval was not run");
   std::vector<std::uint32_t> rows(s.slots, 0);

@@ -69,7 +69,7 @@ test("every sample of every op that has no contraction or cache", { timeout: 900
   const backend: Backend = { name: "rows", api: 1, device: "cpp", arches: ["any"], dtypes, kernels, assemble };
   const report = checkBackend(backend, { runner });
   const contractions = ["linear", "scaled_linear", "grouped_linear", "scaled_grouped_linear"];
-  const others = [...contractions, "kv_append", "attention"];
+  const others = [...contractions, "sdpa", "kv_append", "attention"];
   expect(report.lacking).toEqual(others);
   const epilogues = knowledge("fused").samples.filter((s) => s.body?.ops.some((op) => contractions.includes(op.kind)));
   const expected = (r: SampleResult): boolean =>
@@ -668,24 +668,42 @@ describe("generated C++ reads like this", () => {
       const powers = b.op("exp", [b.op("sub", [x, b.op("reduce", [x], { fn: "max" })])]);
       return [b.op("div", [powers, b.op("reduce", [powers], { fn: "sum" })])];
     },
+    // along axes before and between those of its operands, tokens not first
+    broadcast: (b) => {
+      const x = b.input("x", tensor("f32", [2, "T", 3, 40]));
+      return [
+        b.op("silu", [
+          b.op("mul", [b.op("add", [x, b.input("y", tensor("f32", ["T", 1, 40]))]), b.input("z", tensor("f32", [3, 1]))]),
+        ]),
+      ];
+    },
+  };
+  const alone: Readonly<Record<string, (b: Builder) => readonly Value[]>> = {
+    transposed_copy: (b) => b.ops("transpose", [b.input("x", tensor("bf16", ["T", 40, 33]))], { perm: [0, 2, 1] }),
   };
   const tokens = 6;
-  const jobs = Object.entries(goldens).map(([name, build], n) => {
+  const drawn = (values: readonly Value[], seed: number): ReadonlyMap<string, Tensor> => {
+    const random = randomNumbers(seed);
+    const symbols = new Map([["T", tokens]]);
+    return new Map(values.map((v) => [v.name, drawTensor(concrete(v.type as TensorType, symbols), "normal", random)]));
+  };
+  const fused = Object.entries(goldens).map(([name, build], n) => {
     const inner = new Builder(name);
     const outputs = build(inner);
     const body = { ...inner.build(), outputs };
-    const random = randomNumbers(n);
-    const inputs = body.inputs.map((v): [string, Tensor] => [
-      v.name,
-      drawTensor(concrete(v.type as TensorType, new Map([["T", tokens]])), "normal", random),
-    ]);
     const outer = (b: Builder): readonly Value[] =>
       b.fused(
         body.inputs.map((v) => b.input(v.name, v.type as TensorType)),
         body,
       );
-    return jobOf(name, outer, tokens, new Map(inputs));
+    return jobOf(name, outer, tokens, drawn(body.inputs, n));
   });
+  const single = Object.entries(alone).map(([name, build], n) => {
+    const b = new Builder(name);
+    build(b);
+    return jobOf(name, build, tokens, drawn(b.build().inputs, n));
+  });
+  const jobs = [...fused, ...single];
   const folder = join(root, "test", "golden", "cpp");
 
   for (const job of jobs)

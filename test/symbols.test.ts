@@ -1,10 +1,20 @@
 /** Graphs of several symbols: what dimensions are worth, what inputs say, what is allocated, and one bundle at many sizes. */
-import { describe, expect, test } from "vitest";
+import { writeFileSync } from "node:fs";
+import { join } from "node:path";
+import { onnx } from "onnx-proto";
+import { afterAll, describe, expect, test } from "vitest";
 import { certify } from "../compiler/certify.ts";
+import { checkBundle } from "../compiler/check_bundle.ts";
+import { checkNumbers } from "../compiler/check_numbers.ts";
+import { compile, defaultOptions } from "../compiler/compile.ts";
+import { evalGraph } from "../compiler/eval.ts";
+import { readNpy, writeNpy } from "../compiler/npy.ts";
+import { silent } from "../compiler/progress.ts";
 import { schedule } from "../compiler/schedule.ts";
-import { bindSymbols, checkRanges } from "../ir/bind.ts";
+import { bindSymbols, checkRanges, concrete } from "../ir/bind.ts";
 import { checkSchedule } from "../ir/check.ts";
 import { type DimSymbol, evalDim, mostOf, parseDim, solveDim } from "../ir/dim.ts";
+import { drawTensor, randomNumbers } from "../ir/draw.ts";
 import { UserError } from "../ir/error.ts";
 import { evaluate } from "../ir/evaluate.ts";
 import type { Graph } from "../ir/graph.ts";
@@ -13,7 +23,8 @@ import { printGraph } from "../ir/print.ts";
 import type { Buffer, Schedule } from "../ir/schedule.ts";
 import { parseSchedule, printSchedule } from "../ir/schedule_text.ts";
 import type { Tensor } from "../ir/tensor.ts";
-import { type Type, tensor } from "../ir/type.ts";
+import { type TensorType, type Type, tensor } from "../ir/type.ts";
+import { shareBuilds, workspace } from "./sample.ts";
 
 const symbol = (name: string, min: number, max: number, multiple = 1): DimSymbol => ({
   name,
@@ -367,4 +378,216 @@ output q
     };
     expect(() => scheduleOf(bad, options)).toThrow(/linear y: 'y' bf16\[T,S\] depends on S, and only T varies on FFN ranks/);
   });
+});
+
+describe("a symbol that others define", () => {
+  /** as the pass `tokens` makes them */
+  const defined = `
+graph defined
+symbol B 1..4 host
+symbol S 1..16 host
+symbol T 1..64 host is B*S
+input x f32[B,S,8]
+rows f32[T,8] = reshape(x) {shape: ["T", "8"]}
+y f32[T,8] = neg(rows)
+output y
+`;
+  const s = scheduleOf(parseGraph(defined));
+  test("prints and parses, and is checked", () => {
+    expect(printSchedule(s)).toContain('dim T 1..64 by 1 host is "B*S"');
+    expect(parseSchedule(printSchedule(s))).toEqual(s);
+    const verdict = checkSchedule(s, certify(s));
+    expect(verdict.ok ? "" : verdict.reason).toBe("");
+  });
+  test("a maximum below what it may be is refused", () => {
+    const symbols = s.symbols.map((x) => (x.name === "T" ? { ...x, max: 63 } : x));
+    expect(checkSchedule({ ...s, symbols }, certify(s))).toMatchObject({
+      rule: "form",
+      reason: "symbol T is B*S, which may be 64, and is said to be at most 63",
+    });
+  });
+  test("its value comes from theirs, and must agree with a size that says it too", () => {
+    const results = evaluate(parseGraph(defined), new Map([["x", zeros(3, 5, 8)]]));
+    expect(results.get("y")?.shape).toEqual([15, 8]);
+    const [B, T] = [symbol("B", 1, 4), { ...symbol("T", 0, 8), is: "2*B" }];
+    const pairs = [zeros(2), zeros(5)].map((datum, i) => ({ name: `x${i}`, type: f32(i === 0 ? "B" : "T"), datum }));
+    expect(() => checkRanges([B, T], pairs, bindSymbols(pairs))).toThrow("T is 2*B = 4, and by the sizes of the inputs 5");
+  });
+});
+
+describe("one bundle, built once, at many sizes", () => {
+  const work = workspace("symbols");
+  afterAll(work.remove);
+  const random = randomNumbers(7);
+  const numbers = (...shape: number[]): string =>
+    Array.from({ length: shape.reduce((a, b) => a * b, 1) }, () => Math.round(400 * (random() - 0.5)) / 1000).join(", ");
+  const texts: Readonly<Record<string, string>> = {
+    // elements, products, softmax and axes in another order; no rows
+    plain: `
+graph plain
+symbol B 1..4 host
+symbol S 1..16 host
+symbol P 0..8 host
+input past f32[B,2,P,8]
+input x f32[B,S,2,8]
+q f32[B,2,S,8] = transpose(x) {perm: [0, 2, 1, 3]}
+k f32[B,2,P+S,8] = concat(past, q) {axis: 2}
+turned f32[B,2,8,P+S] = transpose(k) {perm: [0, 1, 3, 2]}
+scores f32[B,2,S,P+S] = matmul(q, turned)
+gate f32[B,2,S,P+S] = sigmoid(scores)
+y f32[B,2,S,8] = matmul(gate, k)
+z f32[B,S,2,8] = transpose(y) {perm: [0, 2, 1, 3]}
+p f32[B,S,2,8] = softmax(z)
+o f32[B,S,2,8] = add(p, x)
+output o
+output k
+output x
+`,
+    // tokens become rows, and the branch after the attention goes to an FFN rank
+    split: `
+graph split
+symbol B 1..3 host
+symbol S 1..8 host
+input x f32[B,S,16]
+weight wq f32[16,16] = [${numbers(16, 16)}]
+weight up f32[32,16] = [${numbers(32, 16)}]
+weight down f32[16,32] = [${numbers(16, 32)}]
+rows f32[B*S,16] = reshape(x) {shape: ["B*S", "16"]}
+qr f32[B*S,16] = linear(rows, wq)
+q f32[B,S,16] = reshape(qr) {shape: ["B", "S", "16"]}
+turned f32[B,16,S] = transpose(q) {perm: [0, 2, 1]}
+scores f32[B,S,S] = matmul(q, turned)
+gate f32[B,S,S] = tanh(scores)
+y f32[B,S,16] = matmul(gate, q)
+o f32[B*S,16] = reshape(y) {shape: ["B*S", "16"]}
+a f32[B*S,16] = add(o, rows)
+u f32[B*S,32] = linear(a, up)
+s f32[B*S,32] = silu(u)
+d f32[B*S,16] = linear(s, down)
+m f32[B*S,16] = add(a, d)
+p f32[B*S,16] = softmax(m)
+r f32[B,S,16] = reshape(p) {shape: ["B", "S", "16"]}
+output r
+`,
+  };
+  const shapes = (g: Graph, values: Readonly<Record<string, number>>): Map<string, Tensor> =>
+    new Map(
+      g.inputs.map((v) => [
+        v.name,
+        drawTensor(concrete(v.type as TensorType, new Map(Object.entries(values))), "normal", random),
+      ]),
+    );
+  const filesOf = (inputs: ReadonlyMap<string, Tensor>): string[] =>
+    [...inputs].map(([name, t]) => {
+      const file = join(work.path, `${name}.npy`);
+      writeNpy(file, t);
+      return `${name}=${file}`;
+    });
+
+  test.each([
+    [
+      "plain",
+      [
+        { B: 1, S: 1, P: 0 },
+        { B: 2, S: 7, P: 3 },
+        { B: 4, S: 16, P: 8 },
+      ],
+      "1A0F",
+    ],
+    [
+      "split",
+      [
+        { B: 1, S: 1 },
+        { B: 2, S: 5 },
+        { B: 3, S: 8 },
+      ],
+      "1A1F",
+    ],
+  ] as const)("%s: what the interpreter says", { timeout: 300_000 }, async (name, sizes, ranks) => {
+    shareBuilds();
+    const [source, bundle, out] = [`${name}.step3`, `${name}.s3`, `${name}.out`].map((f) => join(work.path, f)) as [
+      string,
+      string,
+      string,
+    ];
+    const g = parseGraph(texts[name] as string);
+    writeFileSync(source, printGraph(g));
+    await compile(source, { ...defaultOptions, out: bundle }, silent);
+    expect(checkBundle(bundle, silent)).toContain(`schedule main: ${ranks}`);
+    expect(await checkNumbers(bundle, silent)).not.toContain("without a case");
+    for (const size of sizes) {
+      const inputs = shapes(g, size);
+      await evalGraph(bundle, { input: filesOf(inputs), out }, silent);
+      for (const [output, want] of evaluate(g, inputs)) {
+        const got = readNpy(join(out, `${output}.npy`), "f32");
+        expect(got.shape).toEqual(want.shape);
+        const worst = want.data.reduce((m, x, i) => Math.max(m, Math.abs(x - (got.data[i] as number))), 0);
+        expect(worst).toBeLessThan(2e-5);
+      }
+    }
+    const larger = filesOf(shapes(g, { ...sizes[0], S: 17 }));
+    await expect(evalGraph(bundle, { input: larger, out }, silent)).rejects.toThrow(
+      /^input 'x' has size 17 on axis 1 \(S\); S is at least 1 and at most (16|8)$/,
+    );
+    await expect(evalGraph(bundle, { input: larger, out, target: "cpp" }, silent)).rejects.toThrow("is compiled for its target");
+  });
+});
+
+test("an ONNX model with open dimensions: one bundle, its own names, any size within the limits", {
+  timeout: 300_000,
+}, async () => {
+  shareBuilds();
+  const work = workspace("symbols-onnx");
+  const dims = (...of: readonly (string | number)[]): onnx.ITypeProto => ({
+    tensorType: { elemType: 1, shape: { dim: of.map((d) => (typeof d === "number" ? { dimValue: d } : { dimParam: d })) } },
+  });
+  const graph: onnx.IGraphProto = {
+    name: "open",
+    input: [{ name: "x/in", type: dims("batch", "seq", 4) }],
+    output: [{ name: "out.0", type: dims("batch", 3, "seq") }],
+    initializer: [{ name: "w", dataType: 1, dims: [4, 3], floatData: Array.from({ length: 12 }, (_, i) => (i % 5) - 2) }],
+    node: [
+      { opType: "MatMul", input: ["x/in", "w"], output: ["h"] },
+      { opType: "Relu", input: ["h"], output: ["r"] },
+      {
+        opType: "Transpose",
+        input: ["r"],
+        output: ["out.0"],
+        attribute: [{ name: "perm", type: onnx.AttributeProto.AttributeType.INTS, ints: [0, 2, 1] }],
+      },
+    ],
+  };
+  const [model, bundle, out, file] = ["open.onnx", "open.s3", "out", "x.npy"].map((f) => join(work.path, f)) as string[];
+  try {
+    writeFileSync(
+      model as string,
+      onnx.ModelProto.encode({ irVersion: 8, opsetImport: [{ domain: "", version: 17 }], graph }).finish(),
+    );
+    const limits = new Map([
+      ["batch", [1, 3]],
+      ["seq", [1, 6]],
+    ] as const);
+    await compile(model as string, { ...defaultOptions, dim: limits, out: bundle as string }, silent);
+    for (const [batch, seq] of [
+      [1, 1],
+      [2, 5],
+      [3, 6],
+    ] as const) {
+      const x = drawTensor({ kind: "tensor", dtype: "f32", shape: [batch, seq, 4] }, "normal", randomNumbers(batch));
+      writeNpy(file as string, x);
+      const given = { input: [`x/in=${file}`], out: out as string };
+      await evalGraph(bundle as string, given, silent);
+      const got = readNpy(join(out as string, "out.0.npy"), "f32");
+      await evalGraph(model as string, { ...given, target: "reference" }, silent);
+      const want = readNpy(join(out as string, "out.0.npy"), "f32");
+      expect(got.shape).toEqual([batch, 3, seq]);
+      for (const [i, w] of want.data.entries()) expect(Math.abs((got.data[i] as number) - w)).toBeLessThan(1e-5);
+    }
+    writeNpy(file as string, zeros(2, 7, 4));
+    await expect(evalGraph(bundle as string, { input: [`x/in=${file}`], out: out as string }, silent)).rejects.toThrow(
+      /^input 'x\/in' has size 7 on axis 1 \(seq\); seq is at least 1 and at most 6$/,
+    );
+  } finally {
+    work.remove();
+  }
 });

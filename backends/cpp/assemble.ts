@@ -32,6 +32,7 @@ const headers: readonly string[] = [
   "contract.h",
   "matmul.h",
   "attention.h",
+  "sdpa.h",
 ];
 
 const part = (name: string): Template => loadTemplate(new URL(`./program/${name}.hbs`, import.meta.url));

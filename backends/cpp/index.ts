@@ -8,6 +8,7 @@ import { assemble } from "./assemble.ts";
 import { attentionKernels, kv } from "./attention.ts";
 import { linearKernels } from "./linear.ts";
 import { rowKernel } from "./rows.ts";
+import { sdpaKernel } from "./sdpa.ts";
 
 const backend: Backend = {
   name: "cpp",
@@ -18,6 +19,7 @@ const backend: Backend = {
   kernels: [
     ...linearKernels,
     ...attentionKernels,
+    sdpaKernel,
     ...tokenKernels(new URL(import.meta.url)),
     rowKernel,
     ...tensorKernels({ templates: new URL(import.meta.url), knowsSymbols: true }),

@@ -9,6 +9,7 @@ import type { ContextValue, KernelPlan, KernelTemplate, Layout, Target } from ".
 import { elementStatements, loadElement, rowsOf, storeElement } from "../c_family.ts";
 import { aboutContraction, type Contraction, contractionOf, dtypeOf, fitsResult, operandsOf, placeOf } from "../contraction.ts";
 import { dialect, storage } from "../scalar.ts";
+import { Sizes } from "../sizes.ts";
 import { loadTemplate } from "../template.ts";
 import { cellOf, cellsOf, panelColumns, panels } from "./layout.ts";
 
@@ -56,8 +57,9 @@ const match =
     const cell = cellOf(dtypeOf(w));
     if (!cell || !cellOf(dtypeOf(x))) return target.decline(`${dtypeOf(x)} x ${dtypeOf(w)} contraction: sums are f32`);
     if (dtypeOf(result) === "f64") return target.decline("contraction to f64: sums are f32");
+    const sizes = new Sizes(target);
     const counted = rowsOf(rows);
-    if (counted === undefined) return target.decline(`${rows} rows are not a multiple of the tokens`);
+    if (counted === undefined && grouped) return target.decline(`${rows} rows are not a multiple of the tokens`);
     if (inner === 0 || columns === 0) return target.decline("a contraction without elements");
     const epilogue = epilogueOf(work, rows, columns, target);
     if (epilogue === undefined) return undefined;
@@ -67,11 +69,11 @@ const match =
 
     // on the FFN side nobody knows here how many segments a launch will have
     const most = target.symbols.find((s) => s.name === tokenSymbol)?.max ?? 1;
-    const bound = counted.perToken
-      ? op.place?.startsWith("ffn")
+    const bound = !counted?.perToken
+      ? sizes.largest(rows)
+      : op.place?.startsWith("ffn")
         ? Number.POSITIVE_INFINITY
-        : most * counted.count
-      : counted.count;
+        : most * counted.count;
     const storedRows = Math.min(mostStoredRows, Math.ceil(1.5 * bound));
     const widened = storedRows * cellsOf(inner, Math.min(group, inner), 16) * 64 + slackBytes;
     const isWeight = target.isWeight?.(op.inputs[indexOf("w")] as Value) ?? true;
@@ -120,7 +122,8 @@ const match =
         matrix: isWeight ? "w" : "packed",
         packedAt: isWeight ? 0 : widened,
         matrices,
-        rows: { perToken: counted.perToken, count: counted.count },
+        rows: { perToken: counted?.perToken ?? false, count: sizes.text(counted?.count ?? rows) },
+        sizes: sizes.variables,
         choices,
         first: (contraction.attrs.first as number | undefined) ?? 0,
         rowPerToken,

@@ -6,6 +6,7 @@ import { fuse } from "./fuse.ts";
 import { join, type Runs } from "./join.ts";
 import { partition } from "./partition.ts";
 import { type Precision, quantise } from "./quantise.ts";
+import { recognise } from "./recognise.ts";
 import { shard } from "./shard.ts";
 import { tokensPass } from "./tokens.ts";
 
@@ -23,6 +24,8 @@ export interface PassesOptions {
 export const passes = ({ precision, kv, ffn, split, runs }: PassesOptions): readonly Pass[] => [
   // first, so that all that follows sees each thing once
   fold,
+  // then, so that all that follows sees ops rather than the pieces that exporters make of them
+  recognise,
   // before all that asks for rows of tokens
   tokensPass,
   // before the partition, which weighs the bytes that cross: quantised tokens are smaller, and are quantised before they leave

@@ -504,8 +504,12 @@ export const partition = ({ ffnRanks }: { readonly ffnRanks: number }): Pass => 
       exchanges.filter(() => context.apply()),
     );
   },
-  explain: (g) =>
-    ffnRanks === 0 ? "partition: there are no FFN ranks: everything runs on the attention side\n" : explainPartition(g),
+  explain: (g, name) =>
+    name !== "partition"
+      ? undefined
+      : ffnRanks === 0
+        ? "partition: there are no FFN ranks: everything runs on the attention side\n"
+        : explainPartition(g),
 });
 
 /** For people: each op's side and the reason, each exchange with the bytes per token of every value that crosses. */

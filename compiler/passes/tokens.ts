@@ -42,6 +42,8 @@ class Flattening {
   private readonly rows: Dim;
   /** values whose rows are tokens, by the name of the value that has the same elements in the graph as it was */
   private readonly flat: Map<string, Value> = new Map();
+  /** what reshapes that stay are made of, by their names */
+  private readonly sources: Map<string, Value> = new Map();
   private readonly weights: ReadonlySet<string>;
 
   constructor(g: Graph, rows: Dim) {
@@ -69,6 +71,7 @@ class Flattening {
   private reshape(op: Op, b: Build): readonly Value[] | undefined {
     const [x] = op.inputs as readonly [Value];
     const from = this.flat.get(x.name);
+    this.sources.set((op.outputs[0] as Value).name, this.sources.get(x.name) ?? x);
     const shape = shapeOf(op.outputs[0] as Value);
     const columns = shape.at(-1);
     // to other axes in front of the same columns: the same rows
@@ -80,7 +83,7 @@ class Flattening {
   private toRows(v: Value, b: Build): Value {
     const known = this.flat.get(v.name);
     if (known !== undefined) return known;
-    const made = b.op("reshape", [v], { shape: [tokens, String(shapeOf(v).at(-1))] });
+    const made = b.op("reshape", [this.sources.get(v.name) ?? v], { shape: [tokens, String(shapeOf(v).at(-1))] });
     this.flat.set(v.name, made);
     return made;
   }

@@ -14,15 +14,18 @@ import { fusedWith } from "./fused.ts";
 import { gather } from "./gather.ts";
 import { combine, groupedLinear, scaledGroupedLinear } from "./grouped.ts";
 import { iota, size } from "./iota.ts";
+import { layerNorm } from "./layer_norm.ts";
 import { linear } from "./linear.ts";
 import { matmul } from "./matmul.ts";
 import { broadcast, concat, reshape, slice, transpose } from "./movement.ts";
 import { quantise } from "./quantise.ts";
 import { reduce } from "./reduce.ts";
 import { rmsNorm } from "./rms_norm.ts";
+import { rope } from "./rope.ts";
 import { rotary } from "./rotary.ts";
 import { sample } from "./sample.ts";
 import { scaledLinear } from "./scaled_linear.ts";
+import { sdpa } from "./sdpa.ts";
 import { softmax } from "./softmax.ts";
 import { sort } from "./sort.ts";
 import { spread } from "./spread.ts";
@@ -35,6 +38,7 @@ export const allKnowledge: readonly Knowledge[] = [
   reduce,
   spread,
   rmsNorm,
+  layerNorm,
   softmax,
   quantise,
   gather,
@@ -58,6 +62,8 @@ export const allKnowledge: readonly Knowledge[] = [
   sort,
   bitcast,
   rotary,
+  rope,
+  sdpa,
   kvAppend,
   attention,
   sample,

@@ -26,6 +26,9 @@ const infer: Knowledge["infer"] = (inputs, attrs) => {
   const x = expect.tensorAt(inputs, 0, "x");
   if (x.dtype === "bool") expect.fail(`x must be a number, got ${x.dtype}`);
   const fn = expect.word(attrs, "fn", functions);
+  // a whole axis may be of any size, groups are of one that is known
+  const whole = expect.int(attrs, "group", 0, 0) === 0;
+  if (whole && typeof x.shape.at(-1) === "string") return [tensor(x.dtype, [...x.shape.slice(0, -1), 1])];
   const n = expect.constantDim(x, -1, "x");
   if (n === 0) expect.fail(`cannot reduce an axis of no elements by ${fn}`);
   const group = expect.int(attrs, "group", 0, 0) || n;

@@ -60,6 +60,10 @@ export class SizesDepend extends UserError {
 const mostFolded = 1 << 16;
 /** Elements of a weight that a graph has in its text. */
 const mostLiteral = 4096;
+/** Elements of a constant that are kept once they are decoded. */
+const mostKept = 1 << 16;
+/** Ops that only move or convert elements. */
+const later: ReadonlySet<string> = new Set(["reshape", "transpose", "slice", "broadcast", "cast"]);
 /** Elements of a value: what a 48-bit address could hold. */
 const mostElements = 2 ** 40;
 
@@ -100,13 +104,21 @@ export class Emitter {
   stored(s: Stored): Item {
     let read: Tensor | undefined;
     let value: Value | undefined;
+    // elements are doubles: those of large tensors are decoded anew for each use rather than kept
+    const kept = count(s.type.shape as readonly number[]) <= mostKept;
     const elements = (): Tensor => {
-      read ??= s.read();
-      return read;
+      const t = read ?? s.read();
+      if (kept) read = t;
+      return t;
     };
     return {
       type: s.type,
-      known: () => ({ kind: "tensor", tensor: elements() }),
+      known: () => ({
+        kind: "tensor",
+        get tensor() {
+          return elements();
+        },
+      }),
       runs: false,
       narrow: s.narrow,
       value: () => {
@@ -248,6 +260,17 @@ export class Emitter {
           new Map(),
         ).flops;
         if (work > 1e8) return undefined;
+      }
+      const [type] = types;
+      if (later.has(kind) && type && count(type.shape as number[]) > mostKept) {
+        // cannot fail, and may never be wanted
+        const read = (): Tensor =>
+          knowledge(kind).evaluate(
+            known.map((k) => k.tensor),
+            attrs,
+            types,
+          )[0] as Tensor;
+        return [this.stored({ type, name: "c", read })];
       }
       const tensors = known.map((k) => k.tensor);
       return knowledge(kind)

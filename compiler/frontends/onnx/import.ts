@@ -120,7 +120,8 @@ class Importer {
     const scope: Scope = { values: new Map(), opsets: this.model.opsets, attributes: new Map(), depth: 0 };
     for (const [i, input] of graph.inputs.entries()) {
       const { name, type } = input;
-      if (graph.initialisers.has(name)) continue;
+      // what an initializer makes a default of is an input where it is given
+      if (graph.initialisers.has(name) && !this.options.shapes?.has(name)) continue;
       const place = `graph.input[${i}] '${name}'`;
       this.blamed(place, () => {
         if (type.kind !== "tensor") throw new UserError(`a ${type.kind} is not supported, only tensors are`);
@@ -209,7 +210,7 @@ class Importer {
   /** Initialisers and nodes of a graph, into the scope. */
   private body(graph: OnnxGraph, scope: Scope): void {
     for (const [name, t] of graph.initialisers)
-      this.blamed(`initializer '${name}'`, () => scope.values.set(name, this.stored(t)));
+      if (!scope.values.has(name)) this.blamed(`initializer '${name}'`, () => scope.values.set(name, this.stored(t)));
     for (const node of graph.nodes) this.node(node, scope);
   }
 

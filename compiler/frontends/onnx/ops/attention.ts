@@ -87,7 +87,7 @@ export const band = (
   right: number | undefined,
 ): Item | undefined => {
   const own = e.iota([queries, 1], 0);
-  const place = offset ? binary(e, "add", own, offset) : own;
+  const place = offset === undefined ? own : queries === 1 ? offset : binary(e, "add", own, offset);
   const key = e.iota([1, keys], 1);
   const from = (by: number): Item => (by === 0 ? place : binary(e, "add", place, e.number(by, "i64")));
   const upper = right === undefined ? undefined : e.op("less_equal", [key, from(right)]);
@@ -95,15 +95,21 @@ export const band = (
   return both(e, upper, lower);
 };
 
-/** A mask whose last axis is shorter than the keys are, with `rest` for the others. */
-const padded = (e: Emitter, mask: Item, keys: Dim, rest: number): Item => {
+/** x where its sizes have other names than those of `shape`, aligned at the last axis, but are the same; axes of 1 stay. */
+export const fitted = (e: Emitter, x: Item, shape: readonly Dim[]): Item => {
+  const lead = shape.length - x.type.shape.length;
+  const one = (d: Dim, i: number): Dim => {
+    const other = shape[lead + i] ?? d;
+    return d === 1 || (typeof d === "number" && typeof other === "number") ? d : other;
+  };
+  return e.reshape(x, x.type.shape.map(one));
+};
+/** A mask [..., queries, keys] whose last axis may be shorter than the keys are, with `rest` for the others. */
+export const padded = (e: Emitter, mask: Item, queries: Dim, keys: Dim, rest: number): Item => {
   const own = dimAt(mask, -1);
-  if (own === keys) return mask;
-  const more = subDim(keys, own);
-  return e.concat(
-    [mask, e.broadcast(e.number(rest, mask.type.dtype), [...dimsOf(mask).slice(0, -1), more])],
-    -1 + mask.type.shape.length,
-  );
+  if (typeof own !== "number" || typeof keys !== "number" || own >= keys) return fitted(e, mask, [queries, keys]);
+  const others = e.broadcast(e.number(rest, mask.type.dtype), [...dimsOf(mask).slice(0, -1), keys - own]);
+  return e.concat([mask, others], mask.type.shape.length - 1);
 };
 
 // --- Attention ---
@@ -160,7 +166,7 @@ const attentionMask = (c: Call, queries: Dim, keys: Dim, work: DType): Mask => {
   const seen = bounded ? band(e, queries, keys, offset, left, causal ? 0 : right) : undefined;
   const filled = length && e.op("less", [e.iota([1, 1, 1, keys], 3), length]);
   const given = c.optional(3);
-  const mask = given && padded(e, given, keys, given.type.dtype === "bool" ? 0 : -Infinity);
+  const mask = given && padded(e, given, queries, keys, given.type.dtype === "bool" ? 0 : -Infinity);
   const isBool = mask?.type.dtype === "bool";
   return {
     allowed: both(e, both(e, seen, filled), isBool ? mask : undefined),
@@ -202,9 +208,10 @@ const flexAttention: Lowering = (c) => {
 export const turned = (e: Emitter, x: Item, cos: Item, sin: Item, heads: number, size: number, interleaved: boolean): Item => {
   const [batch, rows, columns] = dimsOf(x) as [Dim, Dim, Dim];
   const half = size / 2;
+  const [cosines, sines] = [cos, sin].map((t) => fitted(e, t, [batch, rows, half])) as [Item, Item];
   if (divDim(columns, heads) === size && !interleaved && x.type.dtype !== "f64") {
     const count = mulDim(batch, rows);
-    const [c, s] = [cos, sin].map((t) => e.reshape(e.broadcast(e.cast(t, "f32"), [batch, rows, half]), [count, half]));
+    const [c, s] = [cosines, sines].map((t) => e.reshape(e.broadcast(e.cast(t, "f32"), [batch, rows, half]), [count, half]));
     const table = e.concat([c as Item, s as Item], 1);
     const turnedRows = e.op("rotary", [e.reshape(x, [count, columns]), table, e.iota([count], 0, "i32")], { heads, dim: size });
     return e.reshape(turnedRows, [batch, rows, columns]);
@@ -215,7 +222,7 @@ export const turned = (e: Emitter, x: Item, cos: Item, sin: Item, heads: number,
   const head = wide(e, e.slice(parts, 3, 0, size));
   const step = interleaved ? 2 : 1;
   const [a, b] = [e.slice(head, 3, 0, half, step), e.slice(head, 3, interleaved ? 1 : half, half, step)];
-  const [c, s] = [cos, sin].map((t) => e.cast(e.reshape(t, [dimAt(t, 0), dimAt(t, 1), 1, half]), head.type.dtype)) as [
+  const [c, s] = [cosines, sines].map((t) => e.cast(e.reshape(t, [dimAt(t, 0), dimAt(t, 1), 1, half]), head.type.dtype)) as [
     Item,
     Item,
   ];
@@ -268,27 +275,30 @@ const rotaryEmbedding: Lowering = (c) => {
 
 // --- caches ---
 
-/** past[B, ..., M, ...] with update[B, ..., S, ...] from place write_indices[b] of the axis on. */
+/** past[B, ..., M, ...] with update[B, ..., S, ...] from place from[b] of the axis on; `circular`: places beyond M start at 0 again. */
+export const written = (e: Emitter, past: Item, update: Item, axis: number, from: Item | undefined, circular: boolean): Item => {
+  const { shape } = update.type;
+  const start = from && e.reshape(from, [dimAt(from, 0), ...shape.slice(1).map((): Dim => 1)]);
+  const places = shape.map((d, i) => {
+    const own = e.iota(
+      shape.map((_, j): Dim => (j === i ? d : 1)),
+      i,
+    );
+    if (i !== axis || start === undefined) return own;
+    const at = binary(e, "add", own, start);
+    return circular ? binary(e, "remainder", at, e.dims([dimAt(past, axis)], "i64", [])) : at;
+  });
+  const index = places
+    .map((at, i) => binary(e, "mul", at, e.dims([product(past.type.shape.slice(i + 1))], "i64", [])))
+    .reduce((x, y) => binary(e, "add", x, y));
+  const flat = (x: Item): Item => e.reshape(x, [product(x.type.shape)]);
+  return e.reshape(e.op("put", [flat(past), flat(e.broadcast(index, shape)), flat(update)]), past.type.shape);
+};
+
 const tensorScatter: Lowering = (c) => {
-  const { e } = c;
-  const [past, update] = [c.x(0), c.x(1)];
-  const axis = c.axis(c.int("axis", -2), c.rank(0));
   const mode = c.text("mode", "linear");
   if (mode !== "linear" && mode !== "circular") c.fail(`mode must be linear or circular, got '${mode}'`);
-  const from = c.has(2) ? e.reshape(c.x(2), [dimAt(c.x(2), 0), ...update.type.shape.slice(1).map(() => 1)]) : e.number(0, "i64");
-  const lengths = update.type.shape.map((d, i) => {
-    const alone = update.type.shape.map((_, j) => (j === i ? d : 1));
-    const own = e.iota(alone, i);
-    if (i !== axis) return own;
-    const at = binary(e, "add", own, from);
-    return mode === "circular" ? binary(e, "remainder", at, e.dims([dimAt(past, axis)], "i64", [])) : at;
-  });
-  const index = lengths
-    .map((at, i) => binary(e, "mul", at, e.dims([product(past.type.shape.slice(i + 1))], "i64", [])))
-    .reduce((a, b) => binary(e, "add", a, b));
-  const flat = (x: Item): Item => e.reshape(x, [product(x.type.shape)]);
-  const result = e.op("put", [flat(past), flat(e.broadcast(index, update.type.shape)), flat(update)]);
-  return e.reshape(result, past.type.shape);
+  return written(c.e, c.x(0), c.x(1), c.axis(c.int("axis", -2), c.rank(0)), c.optional(2), mode === "circular");
 };
 
 // --- recurrences ---
@@ -366,12 +376,16 @@ const swiglu: Lowering = (c) => {
   });
 };
 
+/** ONNX Runtime has them too. */
+export const recurrences: Readonly<Record<string, Lowering>> = {
+  LinearAttention: linearAttention,
+  CausalConvWithState: causalConv,
+};
 export const attentionOps: Readonly<Record<string, Lowering>> = {
+  ...recurrences,
   Attention: attention,
   RotaryEmbedding: rotaryEmbedding,
   TensorScatter: tensorScatter,
-  LinearAttention: linearAttention,
-  CausalConvWithState: causalConv,
   SwiGLU: swiglu,
 };
 export const previewOps: Readonly<Record<string, Lowering>> = { FlexAttention: flexAttention };

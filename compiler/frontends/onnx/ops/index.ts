@@ -1,12 +1,15 @@
 /** The operators of ONNX and of its exporters that step3c has, by domain. */
 import type { Lowering } from "../call.ts";
-import { attentionOps, previewOps } from "./attention.ts";
+import { attentionOps, previewOps, recurrences } from "./attention.ts";
+import { contrib, contribOfOnnx } from "./contrib.ts";
+import { contribAttention } from "./contrib_attention.ts";
+import { contribWeights } from "./contrib_weights.ts";
 import { control } from "./control.ts";
 import { elementwise } from "./elementwise.ts";
 import { indices } from "./indexing.ts";
 import { normalisations } from "./normalise.ts";
 import { products } from "./products.ts";
-import { quantisations } from "./quantise.ts";
+import { conversions, quantisations } from "./quantise.ts";
 import { reductions } from "./reduce.ts";
 import { shape } from "./shape.ts";
 
@@ -20,8 +23,13 @@ const onnx = {
   ...control,
   ...attentionOps,
   ...quantisations,
+  ...contribOfOnnx,
 };
+const microsoft = { ...contrib, ...contribAttention, ...contribWeights, ...recurrences, ...conversions };
 
 export const lowerings: ReadonlyMap<string, ReadonlyMap<string, Lowering>> = new Map(
-  Object.entries({ "": onnx, "ai.onnx.preview": previewOps }).map(([domain, table]) => [domain, new Map(Object.entries(table))]),
+  Object.entries({ "": onnx, "ai.onnx.preview": previewOps, "com.microsoft": microsoft }).map(([domain, table]) => [
+    domain,
+    new Map(Object.entries(table)),
+  ]),
 );

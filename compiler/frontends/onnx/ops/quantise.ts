@@ -133,9 +133,10 @@ const qLinearMatmul: Lowering = (c) => {
   return e.cast(clamped(e, sum, range(dtype)), dtype);
 };
 
+/** ONNX Runtime has them too. */
+export const conversions: Readonly<Record<string, Lowering>> = { QuantizeLinear: quantize, DequantizeLinear: dequantize };
 export const quantisations: Readonly<Record<string, Lowering>> = {
-  QuantizeLinear: quantize,
-  DequantizeLinear: dequantize,
+  ...conversions,
   DynamicQuantizeLinear: dynamicQuantize,
   MatMulInteger: matmulInteger,
   QLinearMatMul: qLinearMatmul,
