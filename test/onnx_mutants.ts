@@ -72,10 +72,13 @@ export const mutant = (m: MadeModel, seed: number): MadeModel => {
   }
   if (kind < 9) {
     const at = below(m.inputs.length);
-    return { ...m, inputs: m.inputs.map((v, i) => {
-      const t = i === at ? other(v.tensor) : v.tensor;
-      return { name: v.name, tensor: t, dims: t.shape };
-    }) };
+    return {
+      ...m,
+      inputs: m.inputs.map((v, i) => {
+        const t = i === at ? other(v.tensor) : v.tensor;
+        return { name: v.name, tensor: t, dims: t.shape };
+      }),
+    };
   }
   return { ...m, opset: 1 + below(28) };
 };

@@ -106,13 +106,14 @@ const logic =
   (c) =>
     binary(c.e, kind, c.x(0), c.x(1));
 
+/** Operands, of which there is at least one. */
+const terms = (c: Call): readonly Item[] => [c.x0, ...c.inputs.slice(1).map((_, i) => c.x(i + 1))];
 const extreme =
   (kind: "maximum" | "minimum"): Lowering =>
   (c) =>
-    c.inputs.map((_, i) => c.x(i)).reduce((a, b) => binary(c.e, kind, a, b));
+    terms(c).reduce((a, b) => binary(c.e, kind, a, b));
 const sum = (c: Call): Item => {
-  const terms = c.inputs.map((_, i) => c.x(i));
-  return inWide(c.e, terms, (...xs) => xs.reduce((a, b) => binary(c.e, "add", a, b)));
+  return inWide(c.e, terms(c), (...xs) => xs.reduce((a, b) => binary(c.e, "add", a, b)));
 };
 
 const clip: Lowering = (c) => {

@@ -209,6 +209,9 @@ const mirrored: Readonly<Record<string, (i: number, n: number) => number>> = {
   wrap: (i, n) => ((i % n) + n) % n,
 };
 
+/** Indices that are written out. */
+const mostPlaces = 2 ** 24;
+
 /** A vector of indices. */
 export const indexVector = (e: Emitter, indices: readonly number[]): Item =>
   e.constant({ kind: "tensor", dtype: "i64", shape: [indices.length], data: Float64Array.from(indices) });
@@ -240,7 +243,9 @@ const pad: Lowering = (c) => {
     const index = mirrored[mode] ?? c.fail(`mode '${mode}' is not known`);
     if (typeof extent !== "number") return c.fail(`mode '${mode}' along an axis of size '${extent}'`);
     if (extent === 0) return c.fail(`mode '${mode}' along an axis of no elements`);
-    const places = Array.from({ length: Math.max(0, before + extent + after) }, (_, p) => index(p - before, extent));
+    const size = Math.max(0, before + extent + after);
+    if (size > mostPlaces) c.fail(`mode '${mode}' to ${size} elements, more than ${mostPlaces}`);
+    const places = Array.from({ length: size }, (_, p) => index(p - before, extent));
     x = c.e.op("take", [x, indexVector(c.e, places)], { axis });
   }
   return x;
