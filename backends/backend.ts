@@ -142,6 +142,7 @@ export {
   placeOf,
   quantisedColumns,
 } from "./contraction.ts";
+export { perTokenOf, rowsText } from "./nest.ts";
 export { type Producers, producersOf, recognise } from "./recognise.ts";
 export { dialect, scalarHeader, storage } from "./scalar.ts";
 export { type SdpaPlan, sdpaPlan } from "./sdpa.ts";
