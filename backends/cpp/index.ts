@@ -2,12 +2,11 @@
 
 import { type DType, dtypes } from "../../ir/type.ts";
 import type { Backend } from "../backend.ts";
-import { tensorKernels } from "../tensors.ts";
+import { reductionKernels, tensorKernels } from "../tensors.ts";
 import { tokenKernels } from "../tokens.ts";
 import { assemble } from "./assemble.ts";
 import { attentionKernels, kv } from "./attention.ts";
 import { linearKernels } from "./linear.ts";
-import { reduceKernel } from "./reduce.ts";
 import { rowKernel } from "./rows.ts";
 import { sdpaKernel } from "./sdpa.ts";
 
@@ -23,7 +22,7 @@ const backend: Backend = {
     sdpaKernel,
     ...tokenKernels(new URL(import.meta.url)),
     rowKernel,
-    reduceKernel,
+    ...reductionKernels({ templates: new URL(import.meta.url), knowsSymbols: true }),
     ...tensorKernels({ templates: new URL(import.meta.url), knowsSymbols: true }),
   ],
   kv,
