@@ -279,7 +279,10 @@ export const planRows = (d: Dialect, body: Graph, decline: (why: string) => unde
   const schedule = scheduleNodes(nodes);
   const plan = new RowEmitter(d, body, space, nodes, schedule).emit();
   if (plan.bufferBytes > mostBufferBytes) return decline(`a row needs ${plan.bufferBytes} bytes of intermediate values`);
-  return { ...plan, context: { ...plan.context, sizes: sizes?.variables ?? [] } };
+  const { variables = [] } = sizes ?? {};
+  // rows that the host of a launch cannot count: how many there are at most
+  const most = variables.length === 0 ? 0 : Math.max(1, sizes?.largest(space.rows) ?? 0);
+  return { ...plan, context: { ...plan.context, sizes: variables, count: space.count, most } };
 };
 
 /** How values lie over rows and columns. */
@@ -287,6 +290,7 @@ interface RowSpace {
   /** whether there are rows for each token */
   readonly perToken: boolean;
   /** rows for a token when there are tokens, else all rows */
+  readonly rows: Dim;
   readonly count: string;
   columns(v: Value): number;
   /** the index of a value's row: 0, `row`, or an expression of `row` */
@@ -323,6 +327,7 @@ const rowSpace = (values: readonly Value[], outputs: readonly Value[], sizes: Si
   if (!outputs.every(full)) return `results differ in rows: ${outputs.map((v) => typeText(v.type)).join(", ")}`;
   return {
     perToken: inTokens && counted.perToken,
+    rows: all,
     count: text(all),
     columns,
     rowOf: (v) => {
@@ -516,7 +521,6 @@ class RowEmitter {
     }));
     const tile = stages.flatMap((s) => s.loops).find((l) => l.tile !== 0);
     const tiles = tile === undefined ? 1 : Math.ceil((tile.columns as number) / tileColumns);
-    const count = `${this.space.count}, ${tiles}`;
     const text = JSON.stringify([stages, [...this.setup], [...this.pointers.values()]]);
     return {
       about: this.about(),
@@ -524,7 +528,8 @@ class RowEmitter {
       context: {
         about: this.about(),
         arguments: this.arguments(),
-        rows: `${this.space.perToken ? "of_tokens" : "fixed"}(c, ${count})`,
+        rows: `${this.space.perToken ? "of_tokens" : "fixed"}(c, ${this.space.count}, ${tiles})`,
+        tiles,
         usesRow: /\brow\b/.test(text),
         pointers: [...this.pointers.values()],
         setup: [...this.setup],

@@ -353,6 +353,19 @@ S3_INLINE uint32_t rank_of(float x) {
   return is_nan(x) ? 0 : (u >> 31) != 0 ? ~u : u | 0x80000000u;
 }
 
+/* never past an axis of `size` elements, whatever the index */
+S3_INLINE int64_t clamped_index(int64_t index, int64_t size) { return index < 0 ? 0 : index < size ? index : size - 1; }
+
+/* whether element a of a row is before element b in order: NaN last, equal ones by place */
+template <bool Descending, class X>
+S3_INLINE bool is_before(const X *x, int32_t a, int32_t b) {
+  const auto va = value(x[a]), vb = value(x[b]);
+  if (va < vb) return !Descending;
+  if (va > vb) return Descending;
+  const bool na = va != va, nb = vb != vb;
+  return na != nb ? nb : a < b;
+}
+
 /* the finaliser of MurmurHash3's 32-bit variant */
 S3_INLINE uint32_t mixed(uint32_t h) {
   h = (h ^ (h >> 16)) * 0x85ebca6bu;

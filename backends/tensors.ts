@@ -413,10 +413,10 @@ const put = (op: Op, sizes: Sizes): Planned | undefined => {
   return { about: aboutOf(`put by ${fn}`, op), context };
 };
 
-/** The rows of all axes but the last. */
-const leadingRows = (sizes: Sizes, shape: readonly Dim[]): { readonly rows: string; readonly most: string } => {
+/** The rows of all axes but the last, each in so many tiles. */
+const leadingRows = (sizes: Sizes, shape: readonly Dim[], tiles: Dim): { readonly rows: string; readonly most: string } => {
   const lead = shape.slice(0, -1);
-  return rowsText(sizes, lead, perTokenOf(lead[0], [shape]), "1", 1);
+  return rowsText(sizes, lead, perTokenOf(lead[0], [shape]), sizes.argument(tiles), tiles);
 };
 
 const cumulate = (op: Op, sizes: Sizes): Planned | undefined => {
@@ -429,31 +429,35 @@ const cumulate = (op: Op, sizes: Sizes): Planned | undefined => {
     max: { pattern: dialect.binary.max, start: Number.NEGATIVE_INFINITY },
     min: { pattern: dialect.binary.min, start: Number.POSITIVE_INFINITY },
   }[fn];
-  const exclusive = op.attrs.exclusive === true;
   const context = {
     arguments: argumentsOf(op),
-    ...leadingRows(sizes, shape),
+    ...leadingRows(sizes, shape, 1),
     columns: sizes.text(shape.at(-1) as Dim),
     start: dialect.literal(start, true),
     both: fill(pattern, "so", "x"),
     load: loadElement(dialect, dtype, "in_row", "at"),
-    store: storeElement(dialect, dtype, "out_row", "at", exclusive ? "so" : "next"),
-    exclusive,
+    store: storeElement(dialect, dtype, "out_row", "at", "result"),
+    exclusive: op.attrs.exclusive === true,
     reverse: op.attrs.reverse === true,
   };
   return { about: aboutOf(`cumulate by ${fn}`, op), context };
 };
 
+/** Elements of a row that a block of threads puts in order together. */
+const sortedAtOnce = 256;
+
 const sort = (op: Op, sizes: Sizes): Planned | undefined => {
   if (op.kind !== "sort") return undefined;
   const { shape } = typeOf(op.inputs, 0);
   const count = shapeOf(op.outputs[0] as Value).at(-1) as Dim;
-  const { rows, most } = leadingRows(sizes, shape);
+  const columns = shape.at(-1) as Dim;
   const context = {
     arguments: argumentsOf(op),
-    rows,
-    most,
-    columns: sizes.text(shape.at(-1) as Dim),
+    ...leadingRows(sizes, shape, 1),
+    // where each element finds its own place
+    parts: leadingRows(sizes, shape, ceilDivDim(columns, sortedAtOnce)),
+    part: sortedAtOnce,
+    columns: sizes.text(columns),
     count: sizes.text(count),
     descending: op.attrs.descending === true,
   };
@@ -504,6 +508,41 @@ const matmul = (op: Op, sizes: Sizes): Planned | undefined => {
   };
   return { about: aboutOf("matmul", op), context };
 };
+
+/** What starts a reduction, and how one more element, or the result of another lane, is taken in. */
+const reductions: Readonly<Record<string, { readonly start: number; readonly both: string }>> = {
+  sum: { start: 0, both: dialect.binary.add },
+  mean: { start: 0, both: dialect.binary.add },
+  prod: { start: 1, both: dialect.binary.mul },
+  max: { start: Number.NEGATIVE_INFINITY, both: dialect.binary.max },
+  min: { start: Number.POSITIVE_INFINITY, both: dialect.binary.min },
+  amax: { start: 0, both: dialect.binary.max },
+};
+
+/** Reductions of a last axis whose size only a launch knows: row kernels have numbers for columns. */
+const reduce = (op: Op, sizes: Sizes): Planned | undefined => {
+  const fn = String(op.attrs.fn);
+  const found = reductions[fn];
+  if (op.kind !== "reduce" || found === undefined || integer(op, "group", 0) !== 0) return undefined;
+  const { dtype, shape } = typeOf(op.inputs, 0);
+  const columns = shape.at(-1);
+  if (typeof columns !== "string") return undefined;
+  const lead = shape.slice(0, -1);
+  const element = loadElement(dialect, dtype, "in_row", "i + j");
+  const context = {
+    arguments: argumentsOf(op),
+    ...rowsText(sizes, lead, perTokenOf(lead[0], [shape]), "1", 1),
+    columns: sizes.text(columns),
+    start: dialect.literal(found.start, true),
+    load: fn === "amax" ? fill(dialect.unary.abs, `(double)(${element})`) : element,
+    both: fill(found.both, "so", "x"),
+    store: storeElement(dialect, dtype, "out0", "r.row", fn === "mean" ? "so / (double)columns" : "so"),
+  };
+  return { about: aboutOf(`reduce by ${fn}`, op), context };
+};
+
+/** Reductions of axes that are expressions. A target that knows symbols lists them after its own of rows. */
+export const reductionKernels = (to: TensorTarget): readonly KernelTemplate[] => [tensorKernel("reduce", to, reduce)];
 
 /** The templates of a target, to be tried after those of rows: what these do well is left to them. */
 export const tensorKernels = (to: TensorTarget): readonly KernelTemplate[] =>

@@ -162,6 +162,29 @@ describe.skipIf(nvcc === undefined)(`emitted files compile${nvcc === undefined ?
       expect(await compileAll(folder, list as string[], arch)).toEqual([]);
     });
 
+  for (const arch of cuda.arches)
+    test(`samples of ops on tensors of any rank for ${arch}`, { timeout: 600_000 }, async () => {
+      let files: ReadonlyMap<string, string> = new Map();
+      const only = ["transpose", "concat", "iota", "take", "put", "cumulate", "sort", "matmul"];
+      checkBackend(cuda, {
+        arch,
+        only,
+        pack: (all) => {
+          files = all;
+        },
+      });
+      const folder = join(root, `tensors-${arch}`);
+      for (const [path, text] of files) {
+        mkdirSync(dirname(join(folder, path)), { recursive: true });
+        writeFileSync(join(folder, path), text);
+      }
+      // products take the compiler longer: one sum of floats, one of doubles
+      const sums = ["float sums[4][4]", "double sums[4][4]"].map((sum) => [...files].find(([, text]) => text.includes(sum))?.[0]);
+      expect(sums).not.toContain(undefined);
+      const rows = [...files.keys()].filter((path) => /^rows_\d+\.cu$/.test(path));
+      expect(await compileAll(folder, [...rows, ...(sums as string[])], arch)).toEqual([]);
+    });
+
   test("the driver is plain C++", () => {
     const files = programs.get("samples of ops for sm_80") as Map<string, string>;
     const folder = join(root, "driver");

@@ -28,19 +28,6 @@ S3_INLINE void transpose_square(const X *in, int64_t in_step, int64_t width, X *
   for (int64_t j = 0; j < width; ++j) memcpy(out + j * out_step, square[j], (size_t)height * sizeof(X));
 }
 
-/* never past an axis of `size` elements, whatever the index */
-S3_INLINE int64_t clamped_index(int64_t index, int64_t size) { return index < 0 ? 0 : index < size ? index : size - 1; }
-
-/* whether element a of a row is before element b: NaN last, equal ones by place */
-template <bool Descending, class X>
-S3_INLINE bool is_before(const X *x, int32_t a, int32_t b) {
-  const auto va = value(x[a]), vb = value(x[b]);
-  if (va < vb) return !Descending;
-  if (va > vb) return Descending;
-  const bool na = va != va, nb = vb != vb;
-  return na != nb ? nb : a < b;
-}
-
 /* heap[0 .. count - 1] in order below `at`: each is before its parent, so the last of all is on top */
 template <bool Descending, class X>
 S3_INLINE void sink(const X *x, int32_t *heap, int64_t at, int64_t count) {

@@ -60,7 +60,8 @@ const splitHeaders = (text: string): { readonly own: readonly string[]; readonly
 
 /** Kernels of rows are quick to compile and share files; each of the others takes the compiler longer than reading its headers again. */
 const rowsInFile = 8;
-const isRows = (own: readonly string[]): boolean => own.length > 0 && own.every((h) => h === "rows.cuh" || h === "choose.cuh");
+const rowHeaders = ["rows.cuh", "choose.cuh", "tensors.cuh"];
+const isRows = (own: readonly string[]): boolean => own.length > 0 && own.every((h) => rowHeaders.includes(h));
 
 export const assemble = (program: ProgramSource): ReadonlyMap<string, string> => {
   const [target, ceiling] = [targets[program.arch], ceilings[program.arch]];

@@ -2,6 +2,7 @@
 
 import { type DType, dtypes } from "../../ir/type.ts";
 import type { Backend } from "../backend.ts";
+import { tensorKernels } from "../tensors.ts";
 import { tokenKernels } from "../tokens.ts";
 import { appendKernel } from "./append.ts";
 import { arches, assemble } from "./assemble.ts";
@@ -9,6 +10,7 @@ import { attentionKernels, kv } from "./attention.ts";
 import { linearKernels } from "./linear.ts";
 import { routeKernel } from "./route.ts";
 import { rowKernel } from "./rows.ts";
+import { sdpaKernel } from "./sdpa.ts";
 
 const backend: Backend = {
   name: "cuda",
@@ -19,10 +21,12 @@ const backend: Backend = {
   kernels: [
     ...linearKernels,
     ...attentionKernels,
+    sdpaKernel,
     appendKernel,
     routeKernel,
     ...tokenKernels(new URL(import.meta.url)),
     rowKernel,
+    ...tensorKernels({ templates: new URL(import.meta.url), knowsSymbols: true }),
   ],
   kv,
   assemble,

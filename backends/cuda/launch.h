@@ -21,6 +21,7 @@ struct Call {
   uint32_t *counters;       // counter_bytes
   cudaStream_t stream;
   int processors;           // streaming multiprocessors of the device
+  const int64_t *dims;      // of the device: values of the graph's symbols, in their order, which change between launches of what was captured
 };
 
 /// Enqueues one kernel. Called once, while the segment is captured: sizes that vary are read from the headers on the device.

@@ -10,6 +10,22 @@
 
 namespace s3 {
 
+/// What a kernel on the device knows of its launch.
+struct Launched {
+  const s3_head *heads;
+  uint32_t segments, stride;
+  const int64_t *dims;
+};
+inline Launched launched(const Call &c) { return {c.heads, c.segments, c.stride, c.dims}; }
+
+/// Rows of all segments together, and what the graph's symbol of that number is.
+__device__ __forceinline__ int64_t all_tokens(const Launched &c) {
+  int64_t tokens = 0;
+  for (uint32_t i = 0; i < c.segments; ++i) tokens += c.heads[i].rows;
+  return tokens;
+}
+__device__ __forceinline__ int64_t size_of(const Launched &c, uint32_t symbol) { return c.dims[symbol]; }
+
 /// All (row, tile) pairs that a launch may have, a block for each. A tile is a part of the columns. Rows count over all segments: segment i
 /// starts at row i * stride * per_token.
 struct RowGrid {
@@ -108,6 +124,12 @@ struct Sum {
 };
 struct Mean : Sum {
   template <class F> static __device__ __forceinline__ F end(F x, int64_t n) { return x / static_cast<F>(n); }
+};
+struct Prod {
+  template <class F> static __device__ __forceinline__ F none() { return 1; }
+  template <class F> static __device__ __forceinline__ F of(F x) { return x; }
+  template <class F> static __device__ __forceinline__ F both(F x, F y) { return x * y; }
+  template <class F> static __device__ __forceinline__ F end(F x, int64_t) { return x; }
 };
 struct Max {
   template <class F> static __device__ __forceinline__ F none() { return -infinity; }
@@ -209,6 +231,7 @@ __device__ __forceinline__ void reduce_groups(const Held<F, Columns, Threads, Wi
   __device__ __forceinline__ void name##_of_groups(const X &x, int64_t n, int64_t group, F *out) { reduce_groups<R>(x, n, group, out); }
 S3_REDUCTION(sum, Sum)
 S3_REDUCTION(mean, Mean)
+S3_REDUCTION(prod, Prod)
 S3_REDUCTION(max, Max)
 S3_REDUCTION(min, Min)
 S3_REDUCTION(amax, Amax)

@@ -7,9 +7,12 @@ import type { Op } from "../../ir/graph.ts";
 import type { ContextValue, KernelContext, KernelTemplate, Target } from "../backend.ts";
 import { planRows, rowBody, tileColumns } from "../c_family.ts";
 import { dialect } from "../scalar.ts";
+import { Sizes } from "../sizes.ts";
 import { loadTemplate } from "../template.ts";
 
 const mostThreads = 1024;
+/** of a launch */
+const mostBlocks = 2 ** 31;
 /** Values that a thread may keep in registers, and bytes of a block in shared memory. */
 const mostHeld = 96;
 const mostShared = 40 << 10;
@@ -159,15 +162,24 @@ export const rowKernel: KernelTemplate = {
   name: "row",
   match(op, target) {
     const body = rowBody(op);
-    const plan = body && planRows(dialect, body, target.decline);
+    const plan = body && planRows(dialect, body, target.decline, new Sizes(target));
     const context = plan && contextOf(plan.context as unknown as Plan, op, target);
-    return (
-      context && {
-        context: { ...context, about: plan.about, rows: plan.context.rows as string, usesRow: plan.context.usesRow as boolean },
+    if (plan === undefined || context === undefined) return undefined;
+    const [most, tiles] = [plan.context.most as number, plan.context.tiles as number];
+    if (most * tiles >= mostBlocks) return target.decline(`as many as ${most} rows`);
+    return {
+      context: {
+        ...context,
         about: plan.about,
-        scratch: 0,
-      }
-    );
+        rows: most === 0 ? (plan.context.rows as string) : `fixed(c, ${most}, ${tiles})`,
+        usesRow: plan.context.usesRow as boolean,
+        sizes: plan.context.sizes as ContextValue,
+        count: plan.context.count as string,
+        most,
+      },
+      about: plan.about,
+      scratch: 0,
+    };
   },
   render: (context, name) => template({ ...context, name }),
 };

@@ -78,6 +78,7 @@ export const reduce: Knowledge = {
     sample("mean of one column", "mean", 1, 0),
     sample("amax, bf16 groups of 128", "amax", 300, 128, "bf16"),
     { name: "sum of rank 1", inputs: [tensor("f32", [17])], attrs: { fn: "sum" } },
+    { name: "mean of a batch's rows", inputs: [tensor("f32", ["B", "S", 40])], attrs: { fn: "mean" }, symbols: { B: 2, S: 3 } },
     { name: "max of rank 3", inputs: [tensor("f32", ["T", 3, 5])], attrs: { fn: "max" }, symbols: { T: 2 } },
   ],
 };

@@ -299,7 +299,8 @@ int cudaDevPrepare(s3_dev *dev, const s3_launch *launches, std::uint32_t n, s3_s
         for (std::uint32_t a = 0; a < from.nargs; a++) args.push_back(at(from.args[a]));
         const Call call = {args.data(),     static_cast<const s3_head *>(at(from.heads)),  from.segments,
                            from.stride,     static_cast<std::uint8_t *>(d.scratch),        static_cast<std::uint32_t *>(d.counters),
-                           d.stream,        d.processors};
+                           d.stream,        d.processors,
+                           from.dims.bytes > 0 ? static_cast<const std::int64_t *>(at(from.dims)) : nullptr};
         if (const cudaError_t why = entries[from.kernel].launch(call); why != cudaSuccess)
           fail(exit_internal, "kernel ", entries[from.kernel].name, " cannot be launched: ", cudaGetErrorString(why));
       }
