@@ -419,6 +419,31 @@ const leadingRows = (sizes: Sizes, shape: readonly Dim[], tiles: Dim): { readonl
   return rowsText(sizes, lead, perTokenOf(lead[0], [shape]), sizes.argument(tiles), tiles);
 };
 
+/** Whole rows whose length only a launch knows; others are what row kernels do. */
+const reduce = (op: Op, sizes: Sizes): Planned | undefined => {
+  const { dtype, shape } = typeOf(op.inputs, 0);
+  if (op.kind !== "reduce" || typeof shape.at(-1) === "number" || (dtype !== "f32" && dtype !== "f64")) return undefined;
+  const fn = op.attrs.fn as "sum" | "mean" | "max" | "min" | "amax" | "prod";
+  const { of, ofNothing } = {
+    sum: { of: "Sum", ofNothing: 0 },
+    mean: { of: "Mean", ofNothing: Number.NaN },
+    max: { of: "Max", ofNothing: Number.NEGATIVE_INFINITY },
+    min: { of: "Min", ofNothing: Number.POSITIVE_INFINITY },
+    amax: { of: "Amax", ofNothing: 0 },
+    prod: { of: "Prod", ofNothing: 1 },
+  }[fn];
+  const context = {
+    arguments: argumentsOf(op),
+    ...leadingRows(sizes, shape, 1),
+    columns: sizes.text(shape.at(-1) as Dim),
+    element: storage[dtype],
+    fn,
+    of,
+    ofNothing: dialect.literal(ofNothing, dtype === "f64"),
+  };
+  return { about: aboutOf(`reduce by ${fn}`, op), context };
+};
+
 const cumulate = (op: Op, sizes: Sizes): Planned | undefined => {
   if (op.kind !== "cumulate") return undefined;
   const { dtype, shape } = typeOf(op.inputs, 0);
@@ -511,4 +536,4 @@ const matmul = (op: Op, sizes: Sizes): Planned | undefined => {
 
 /** The templates of a target, to be tried after those of rows: what these do well is left to them. */
 export const tensorKernels = (to: TensorTarget): readonly KernelTemplate[] =>
-  Object.entries({ nest, put, matmul, cumulate, sort }).map(([name, plan]) => tensorKernel(name, to, plan));
+  Object.entries({ nest, put, matmul, reduce, cumulate, sort }).map(([name, plan]) => tensorKernel(name, to, plan));
