@@ -53,13 +53,36 @@ S3_INLINE void pack_panel(const X *b, int64_t stride, int64_t k, int64_t columns
       for (int64_t j = 0; j < columns_of_panel; ++j) out[j] = j < columns ? value(b[j]) : 0.0f;
 }
 
+/* a few rows: b is read once, and is not worth packing */
+template <int H>
+void stream_block(const float *a, const float *b, int64_t inner, int64_t columns, float *sums) {
+  constexpr int registers = panels_in_registers(H) * parts;
+  vec acc[H][registers] = {};
+  for (int64_t k = 0; k < inner; ++k, b += columns) {
+    vec w[registers];
+#pragma GCC unroll 32
+    for (int i = 0; i < registers; ++i) w[i] = load(b + i * lanes);
+#pragma GCC unroll 2
+    for (int m = 0; m < H; ++m) {
+      const vec factor = set(a[m * inner + k]);
+#pragma GCC unroll 32
+      for (int i = 0; i < registers; ++i) acc[m][i] = fma(factor, w[i], acc[m][i]);
+    }
+  }
+  for (int m = 0; m < H; ++m)
+    for (int i = 0; i < registers; ++i) store(sums + (m * registers + i) * lanes, acc[m][i]);
+}
+
 template <int H, class X>
 void multiply_block_of(const X *a, const X *b, int64_t inner, int64_t columns, const product_block &at, float *sums) {
   constexpr int P = panels_in_registers(H), registers = P * parts, width = P * columns_of_panel;
-  constexpr int64_t depth = 16384 / width / 16 * 16; /* k of the panels that stay in the cache while all rows meet them */
-  alignas(64) float panels[P][depth * columns_of_panel];
-  alignas(64) float widened[H * depth];
   memset(sums, 0, (size_t)(ceil_div(at.rows, H) * H * width) * sizeof(float));
+  if constexpr (H <= 2 && sizeof(X) == sizeof(float))
+    if (at.rows == H && at.columns == width) return stream_block<H>(a, b, inner, columns, sums);
+  constexpr int64_t depth = 8192 / width / 16 * 16; /* k of the panels that stay in the first cache while all rows meet them */
+  constexpr int64_t stride = depth + 16;            /* rows that are no power of two apart do not crowd each other out there */
+  alignas(64) float panels[P][depth * columns_of_panel];
+  alignas(64) float widened[H * stride];
   for (int64_t k = 0; k < inner; k += depth) {
     const int64_t now = least(inner - k, depth);
     const uint8_t *panel[P];
@@ -70,18 +93,18 @@ void multiply_block_of(const X *a, const X *b, int64_t inner, int64_t columns, c
     for (int64_t row = 0; row < at.rows; row += H) {
       const X *const from = a + row * inner + k;
       const float *x = widened;
-      int64_t stride = depth;
+      int64_t step = stride;
       if (sizeof(X) == sizeof(float) && row + H <= at.rows) {
         x = reinterpret_cast<const float *>(from);
-        stride = inner;
+        step = inner;
       } else
         for (int64_t m = 0; m < H; ++m)
-          for (int64_t i = 0; i < now; ++i) widened[m * depth + i] = row + m < at.rows ? value(from[m * inner + i]) : 0.0f;
+          for (int64_t i = 0; i < now; ++i) widened[m * stride + i] = row + m < at.rows ? value(from[m * inner + i]) : 0.0f;
       float *const out = sums + row * width;
       vec acc[H][registers];
       for (int m = 0; m < H; ++m)
         for (int i = 0; i < registers; ++i) acc[m][i] = load(out + m * width + i * lanes);
-      multiply<f32_panel, H, P, 0>(x, stride, 16, panel, now, acc);
+      multiply<f32_panel, H, P, 0>(x, step, 16, panel, now, acc);
       for (int m = 0; m < H; ++m)
         for (int i = 0; i < registers; ++i) store(out + m * width + i * lanes, acc[m][i]);
     }

@@ -78,6 +78,10 @@ export const matmul: Knowledge = {
     sample("matrices", "f32", ["T", 9], [9, 7]),
     sample("bf16 to f32", "bf16", [3, 70], [70, 33], { to: "f32" }),
     sample("heads", "f32", [2, 3, "T", 8], [2, 3, 8, "T"]),
+    {
+      ...sample("scores", "f32", ["B", 2, "S", 8], ["B", 2, 8, "P+S"]),
+      symbols: { B: 2, P: 4, S: 3 },
+    },
     sample("batches broadcast", "f32", [2, 1, 4, 5], [3, 5, 6]),
     sample("integers", "i32", [3, 4], [4, 2]),
     sample("f64", "f64", [1, 17], [17, 1]),

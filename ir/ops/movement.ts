@@ -45,11 +45,17 @@ const only = (inputs: Parameters<Knowledge["infer"]>[0]): TensorType => {
   expect.count(inputs, ["x"]);
   return expect.tensorAt(inputs, 0, "x");
 };
-const sample = (name: string, dtype: DType, shape: readonly Dim[], attrs: Sample["attrs"]): Sample => ({
+const sample = (
+  name: string,
+  dtype: DType,
+  shape: readonly Dim[],
+  attrs: Sample["attrs"],
+  symbols: Sample["symbols"] = { T: 5 },
+): Sample => ({
   name,
   inputs: [tensor(dtype, shape)],
   attrs,
-  symbols: { T: 5 },
+  symbols,
 });
 
 export const reshape: Knowledge = {
@@ -120,6 +126,7 @@ export const transpose: Knowledge = {
     sample("last axis kept", "i64", ["T", 3, 4], { perm: [1, 0, 2] }),
     sample("cycle", "f64", [2, 3, 4], { perm: [2, 0, 1] }),
     sample("bytes", "bool", [65, 70], { perm: [1, 0] }),
+    sample("keys of a batch", "f32", ["B", "S", 24], { perm: [0, 2, 1] }, { B: 2, S: 35 }),
     sample("as it is", "f16", [4], { perm: [0] }),
   ],
 };
@@ -156,8 +163,12 @@ export const slice: Knowledge = {
     const strides = stridesOf(x.shape);
     const stride = strides[axis] as number;
     const start = expect.integer(attrs, "start");
-    const first = start < 0 ? start + (x.shape[axis] as number) : start;
+    const extent = x.shape[axis] as number;
+    const first = start < 0 ? start + extent : start;
     const step = expect.integer(attrs, "step", 1);
+    const last = first + ((type.shape[axis] as number) - 1) * step;
+    if (type.shape[axis] !== 0 && (Math.min(first, last) < 0 || Math.max(first, last) >= extent))
+      expect.fail(`slice: elements ${first} to ${last} of an axis of ${extent}`);
     return [tensorOf(type, gatherStrided(x.data, type.shape, strides.with(axis, stride * step), first * stride))];
   },
   samples: [
@@ -166,6 +177,7 @@ export const slice: Knowledge = {
     sample("every second", "i32", [3, 9, 2], { axis: 1, start: 1, size: [4], step: 2 }),
     sample("backwards", "f64", [2, 5], { axis: 1, start: -1, size: [5], step: -1 }),
     sample("all", "u8", [7], { axis: 0, start: 0, size: [7] }),
+    sample("the last of a sequence", "bf16", ["B", "S", 6], { axis: 1, start: -1, size: [1] }, { B: 3, S: 4 }),
     sample("rows by a symbol", "f16", ["2*T", 3], { axis: 0, start: 0, size: ["T"] }),
   ],
 };
@@ -243,6 +255,12 @@ export const concat: Knowledge = {
       inputs: [tensor("bf16", [2, 6, 4]), tensor("bf16", [2, "T", 4])],
       attrs: { axis: 1 },
       symbols: { T: 3 },
+    },
+    {
+      name: "a batch's tokens after its cache",
+      inputs: [tensor("f32", ["B", 2, "P", 4]), tensor("f32", ["B", 2, "S", 4])],
+      attrs: { axis: 2 },
+      symbols: { B: 2, P: 3, S: 2 },
     },
     { name: "three scalars' vectors", inputs: [1, 1, 2].map((n) => tensor("i64", [n])), attrs: { axis: 0 } },
     { name: "one", inputs: [tensor("u16", [2, 2])], attrs: { axis: 0 } },

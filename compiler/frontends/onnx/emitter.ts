@@ -60,6 +60,11 @@ export class SizesDepend extends UserError {
 const mostFolded = 1 << 16;
 /** Elements of a weight that a graph has in its text. */
 const mostLiteral = 4096;
+/** Elements of a constant that are kept once they are decoded. */
+const mostKept = 1 << 16;
+/** Ops that only move or convert elements. */
+const later: ReadonlySet<string> = new Set(["reshape", "transpose", "slice", "broadcast", "cast"]);
+const mostAxes = 64;
 /** Elements of a value: what a 48-bit address could hold. */
 const mostElements = 2 ** 40;
 
@@ -100,13 +105,21 @@ export class Emitter {
   stored(s: Stored): Item {
     let read: Tensor | undefined;
     let value: Value | undefined;
+    // elements are doubles: those of large tensors are decoded anew for each use rather than kept
+    const kept = count(s.type.shape as readonly number[]) <= mostKept;
     const elements = (): Tensor => {
-      read ??= s.read();
-      return read;
+      const t = read ?? s.read();
+      if (kept) read = t;
+      return t;
     };
     return {
       type: s.type,
-      known: () => ({ kind: "tensor", tensor: elements() }),
+      known: () => ({
+        kind: "tensor",
+        get tensor() {
+          return elements();
+        },
+      }),
       runs: false,
       narrow: s.narrow,
       value: () => {
@@ -212,9 +225,11 @@ export class Emitter {
       inputs.map((i) => i.type),
       attrs,
     ) as readonly TensorType[];
-    for (const t of types)
+    for (const t of types) {
+      if (t.shape.length > mostAxes) throw new UserError(`${kind}: a result of ${t.shape.length} axes, more than ${mostAxes}`);
       if (concrete(t) && count(t.shape) > mostElements)
         throw new UserError(`${kind}: ${typeText(t)} has more than 2^40 elements`);
+    }
     const known = this.fold(kind, inputs, attrs, types);
     if (known && !inputs.some((i) => i.runs)) return known;
     const made = this.emit(kind, inputs, attrs);
@@ -249,6 +264,17 @@ export class Emitter {
         ).flops;
         if (work > 1e8) return undefined;
       }
+      const [type] = types;
+      if (later.has(kind) && type && count(type.shape as number[]) > mostKept) {
+        // cannot fail, and may never be wanted
+        const read = (): Tensor =>
+          knowledge(kind).evaluate(
+            known.map((k) => k.tensor),
+            attrs,
+            types,
+          )[0] as Tensor;
+        return [this.stored({ type, name: "c", read })];
+      }
       const tensors = known.map((k) => k.tensor);
       return knowledge(kind)
         .evaluate(tensors, attrs, types)
@@ -273,6 +299,11 @@ export class Emitter {
   dimsOf(item: Item): readonly Dim[] | undefined {
     const known = item.known();
     return known?.kind === "dims" ? known.dims : known && [...known.tensor.data];
+  }
+
+  /** Whether a <= b for all values of the symbols; undefined when that depends on them. */
+  atMost(a: Dim, b: Dim): boolean | undefined {
+    return compared("less_equal", a, b, this.symbols);
   }
 
   /** The inputs of the graph that a value depends on. */
