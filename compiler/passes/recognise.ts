@@ -25,17 +25,14 @@ const outcomeAt = (p: Pattern, op: Op, look: Look): Outcome => {
 /** The graph with one pattern's op wherever it is found and `apply` allows it. */
 const replaced = (g: Graph, p: Pattern, apply: (op: Op, outcome: Outcome) => boolean): Graph => {
   const look = new Look(g);
-  let found = 0;
-  const result = rewrite(g, (seen, b) => {
-    const [out] = seen.outputs;
-    const op = look.maker(out);
-    if (op === undefined || !p.roots.includes(op.kind)) return undefined;
+  const found = new Map<string, (b: Builder) => readonly Value[]>();
+  for (const op of g.ops) {
+    const [out] = op.outputs;
+    if (out === undefined || !p.roots.includes(op.kind)) continue;
     const outcome = outcomeAt(p, op, look);
-    if (!apply(op, outcome) || "miss" in outcome) return undefined;
-    found++;
-    return outcome.make(b);
-  });
-  return found === 0 ? g : withoutDead(result);
+    if (apply(op, outcome) && "make" in outcome) found.set(out.name, outcome.make);
+  }
+  return found.size === 0 ? g : withoutDead(rewrite(g, (op, b) => found.get(op.outputs[0]?.name ?? "")?.(b)));
 };
 
 /** `--explain NAME`, NAME an op that a pattern makes or a value: where patterns are, and where and why they are not quite. */
