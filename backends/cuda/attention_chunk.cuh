@@ -59,12 +59,6 @@ __device__ __forceinline__ void write_row(const uint8_t *results, int rows, bf16
   }
 }
 
-/// This warp has read a stage's keys or values.
-__device__ __forceinline__ void give_back(hopper::Barrier &empty) {
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) empty.arrive();
-}
-
 /// `count` tiles of a row from number `tile` of the ring on, of which `left` tokens take part and `there` hold anything.
 template <int Dim>
 __device__ __forceinline__ void attend_tiles(Running<Dim> &r, typename HopperShape<bf16, Dim>::Control &control, uint8_t *ring, uint32_t tile, int count, int left,
@@ -161,10 +155,10 @@ __device__ __forceinline__ void compute_chunk(typename HopperShape<bf16, Dim>::C
 #pragma unroll 1
     for (int i = 0; i < u.rows; ++i) {
       const int heads = heads_of_unit();
-      const bf16 *const q = from_queries.q + place_of_row(i);
       uint8_t *const to = i == 0 ? queries : second_queries;
-      if constexpr (From::rotated) load_queries<bf16, Dim, Rotation<Dim>>(q, heads, from_queries.template row<Dim>(u.last_position + i), to, nullptr, to_powers);
-      else load_queries<bf16, Dim, NoRotation>(q, heads, nullptr, to, nullptr, to_powers);
+      QueryRowsOf<From, Dim> rows;
+      load_queries(rows, from_queries, place_of_row(i), heads, u.last_position + i);
+      rows.template store<bf16>(to, nullptr, to_powers);
     }
     hopper::fence_async();
     hopper::meet(1, 256);

@@ -3,8 +3,8 @@
 //
 // A block for each processor. One warp fetches pages, 64 tokens at a time, into a ring of stages; two warpgroups take them in turn, each with
 // its own running softmax, and put their sums together at the end of a unit: what this block does of one row and KV head. Where that is not
-// all of the row's context, blocks leave their sums in scratch, and those that are there when the last one arrives share in adding them up.
-// No block depends on another one running.
+// all of the row's context, blocks leave their sums in scratch, and those that are there when the last one arrives share in adding them up;
+// the last one adds those of blocks that have gone on to its own. No block depends on another one running.
 //
 // Which block does what follows from the positions of all rows. Equal launches give equal bits; a row's bits depend on the other rows only in
 // how its context is split, and not at all where rows are about equally long and blocks take whole ones.
@@ -118,17 +118,34 @@ struct QuantisedResults {
   static constexpr bool quantised = true;
 };
 
-/// The scale of values of which this thread's largest magnitude has these bits, and the warp's is the group's.
-__device__ __forceinline__ float scale_of_group(uint32_t magnitude) {
-  const float raw = __fdiv_rn(as_float(__reduce_max_sync(0xffffffffu, magnitude)), 448.0f);
+/// The scale of a group of values of which the largest magnitude has these bits.
+__device__ __forceinline__ float scale_of(uint32_t magnitude) {
+  const float raw = __fdiv_rn(as_float(magnitude), 448.0f);
   return raw == 0.0f ? 1.0f : raw;
 }
+/// The same of a group that a warp has.
+__device__ __forceinline__ float scale_of_group(uint32_t magnitude) { return scale_of(__reduce_max_sync(0xffffffffu, magnitude)); }
 /// The larger magnitude of two bf16, as bits of a float.
 __device__ __forceinline__ uint32_t largest_of(uint32_t two) { return max(two << 16 & 0x7fffffffu, two & 0x7fff0000u); }
+/// Divides by a scale: the same bits as a division, in a third of its instructions. Both sides are first multiplied by a power of two, so that
+/// nothing overflows or gets lost; then a quotient by the rounded inverse needs one correction by its remainder (Markstein).
+struct Divisor {
+  float up, scale, inverse;
+  explicit __device__ __forceinline__ Divisor(float divisor) {
+    up = as_float((254u - min(as_bits(divisor) >> 23, 250u)) << 23);
+    scale = __fmul_rn(divisor, up);
+    inverse = __fdiv_rn(1.0f, scale);
+  }
+  __device__ __forceinline__ float of(float x) const {
+    x = __fmul_rn(x, up);
+    const float quotient = __fmul_rn(x, inverse);
+    return __fmaf_rn(__fmaf_rn(-quotient, scale, x), inverse, quotient);
+  }
+};
 /// Two bf16 as codes.
-__device__ __forceinline__ uint16_t codes_of(uint32_t two, float scale) {
+__device__ __forceinline__ uint16_t codes_of(uint32_t two, const Divisor &by) {
   uint16_t codes;
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(codes) : "f"(__fdiv_rn(as_float(two & 0xffff0000u), scale)), "f"(__fdiv_rn(as_float(two << 16), scale)));
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(codes) : "f"(by.of(as_float(two & 0xffff0000u))), "f"(by.of(as_float(two << 16))));
   return codes;
 }
 
@@ -423,6 +440,7 @@ __device__ __forceinline__ void fetch(typename HopperShape<E, Dim>::Control &con
   control.unit_empty[unit].wait(unit_phase ^ 1);
   if (lane == 0) {
     control.units[unit].row = -1;
+    control.units[unit].part = control.units[unit].last_position = 0;
     control.unit_full[unit].arrive();
   }
   after_predecessor();
@@ -434,6 +452,7 @@ __device__ __forceinline__ void fetch(typename HopperShape<E, Dim>::Control &con
 template <int Dim>
 struct Rotation {
   float cosine[8], sine[8];
+  __device__ __forceinline__ Rotation() {}
   __device__ __forceinline__ Rotation(const float *row, int piece) {
     const float4 *const from = reinterpret_cast<const float4 *>(row + piece % (Dim / 16) * 8);
     const float sign = piece < Dim / 16 ? -1.0f : 1.0f;
@@ -460,58 +479,76 @@ struct Rotation {
 };
 /// Nothing to turn.
 struct NoRotation {
+  __device__ __forceinline__ NoRotation() {}
   __device__ __forceinline__ NoRotation(const float *, int) {}
   __device__ __forceinline__ uint4 of(uint4 x) const { return x; }
 };
 
-/// Rows of the queries of a unit in shared memory, as keys lie in a page; codes with the scale of each row. Rows past `count` repeat the last.
+/// The queries of a unit on their way: each thread of 256 has 16-byte pieces of some rows. Rows past `count` repeat the last.
 /// `turn`: the row of the table that rotates them.
-template <class E, int Dim, class Turn>
-__device__ __forceinline__ void load_queries(const bf16 *q, int count, const float *turn, uint8_t *to, float *row_scale, float scale) {
-  constexpr int in_row = Dim / 8, at_once = 256 / in_row, times = group_rows / at_once; // 16-byte pieces of a row, rows
-  constexpr int step = at_once * (sizeof(E) == 2 || Dim >= 128 ? 128 : 64); // what is exchanged within rows does not change from step to step
-  const int row = static_cast<int>(threadIdx.x) / in_row, piece = static_cast<int>(threadIdx.x) % in_row;
-  const Turn rotation(turn, piece);
+template <int Dim, class Turn>
+struct QueryRows {
+  static constexpr int in_row = Dim / 8, at_once = 256 / in_row, times = group_rows / at_once; // pieces of a row, rows
   uint4 x[times];
+  Turn rotation;
+
+  __device__ __forceinline__ QueryRows() {}
+  static __device__ __forceinline__ int row() { return static_cast<int>(threadIdx.x) / in_row; }
+  static __device__ __forceinline__ int piece() { return static_cast<int>(threadIdx.x) % in_row; }
+
+  __device__ __forceinline__ void load(const bf16 *q, int count, const float *turn) {
+    rotation = Turn(turn, piece());
 #pragma unroll
-  for (int i = 0; i < times; ++i) x[i] = *reinterpret_cast<const uint4 *>(q + min(row + i * at_once, count - 1) * Dim + piece * 8);
-  if constexpr (sizeof(E) == 2) {
-    uint8_t *const at = to + Page<bf16, Dim>::key(row, piece * 8);
+    for (int i = 0; i < times; ++i) x[i] = *reinterpret_cast<const uint4 *>(q + min(row() + i * at_once, count - 1) * Dim + piece() * 8);
+  }
+  /// Puts them into shared memory as keys lie in a page; as high and low codes with the scale of each row, times `scale`, for a cache of codes.
+  template <class E>
+  __device__ __forceinline__ void store(uint8_t *to, float *row_scale, float scale) const {
+    constexpr int step = at_once * (sizeof(E) == 2 || Dim >= 128 ? 128 : 64); // what is exchanged within rows does not change from step to step
+    uint8_t *const at = to + Page<E, Dim>::key(row(), piece() * 8);
+    if constexpr (sizeof(E) == 2) {
 #pragma unroll
-    for (int i = 0; i < times; ++i) *reinterpret_cast<uint4 *>(at + i * step) = rotation.of(x[i]);
-  } else {
-    // first as they are, where the high and low codes of the row will be
-    uint8_t *raw = to + piece * 16 / Dim * (group_rows * Dim) + Page<E, Dim>::key(row, piece * 16 % Dim), *high = to + Page<E, Dim>::key(row, piece * 8);
+      for (int i = 0; i < times; ++i) *reinterpret_cast<uint4 *>(at + i * step) = rotation.of(x[i]);
+    } else {
 #pragma unroll
-    for (int i = 0; i < times; ++i) *reinterpret_cast<uint4 *>(raw + i * step) = x[i];
-#pragma unroll 2
-    for (int i = 0; i < times; ++i, raw += step, high += step) {
-      const uint4 own = rotation.of(*reinterpret_cast<const uint4 *>(raw));
-      const uint32_t words[4] = {own.x, own.y, own.z, own.w};
-      float y[8], most = 0.0f;
+      for (int i = 0; i < times; ++i) {
+        const uint4 own = rotation.of(x[i]);
+        const uint32_t words[4] = {own.x, own.y, own.z, own.w};
+        uint32_t magnitude = 0;
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        y[j] = as_float(j % 2 ? words[j / 2] & 0xffff0000u : words[j / 2] << 16);
-        most = fmaxf(most, fabsf(y[j]));
+        for (int j = 0; j < 4; ++j) magnitude = __vmaxu2(magnitude, words[j] & 0x7fff7fffu);
+        magnitude = max(magnitude & 0xffffu, magnitude >> 16);
+        if constexpr (in_row == 32) {
+          magnitude = __reduce_max_sync(0xffffffffu, magnitude);
+        } else {
+#pragma unroll
+          for (int lanes = in_row / 2; lanes > 0; lanes /= 2) magnitude = max(magnitude, __shfl_xor_sync(0xffffffffu, magnitude, lanes));
+        }
+        // the power of two that brings the largest to 128 .. 256
+        const uint32_t exponent = max(magnitude >> 7, 16u);
+        const float up = as_float((261u - exponent) << 23);
+        uint32_t codes[2] = {}, rest[2] = {};
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const hopper::Codes c = hopper::Codes::of<false>(as_float(words[j] << 16) * up, as_float(words[j] & 0xffff0000u) * up);
+          codes[j / 2] |= static_cast<uint32_t>(c.high) << j % 2 * 16;
+          rest[j / 2] |= static_cast<uint32_t>(c.low) << j % 2 * 16;
+        }
+        *reinterpret_cast<uint2 *>(at + i * step) = uint2{codes[0], codes[1]};
+        *reinterpret_cast<uint2 *>(at + i * step + group_rows * Dim) = uint2{rest[0], rest[1]};
+        if (piece() == 0) row_scale[row() + i * at_once] = as_float((exponent - 7u) << 23) * scale;
       }
-#pragma unroll
-      for (int lanes = in_row / 2; lanes > 0; lanes /= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, lanes));
-      // the power of two that brings the largest to 128 .. 256
-      const uint32_t exponent = max(as_bits(most) >> 23, 16u);
-      const float up = as_float((261u - exponent) << 23);
-      uint32_t codes[2] = {}, rest[2] = {};
-#pragma unroll
-      for (int j = 0; j < 8; j += 2) {
-        const hopper::Codes c = hopper::Codes::of<false>(y[j] * up, y[j + 1] * up);
-        codes[j / 4] |= static_cast<uint32_t>(c.high) << j % 4 * 8;
-        rest[j / 4] |= static_cast<uint32_t>(c.low) << j % 4 * 8;
-      }
-      __syncwarp();
-      *reinterpret_cast<uint2 *>(high) = uint2{codes[0], codes[1]};
-      *reinterpret_cast<uint2 *>(high + group_rows * Dim) = uint2{rest[0], rest[1]};
-      if (piece == 0) row_scale[row + i * at_once] = as_float((exponent - 7u) << 23) * scale;
     }
   }
+};
+template <class From, int Dim>
+using QueryRowsOf = QueryRows<Dim, std::conditional_t<From::rotated, Rotation<Dim>, NoRotation>>;
+
+/// Starts to load the queries of a row's head and those after it.
+template <class Rows, class From>
+__device__ __forceinline__ void load_queries(Rows &rows, const From &from, int64_t at, int count, int position) {
+  if constexpr (From::rotated) rows.load(from.q + at, count, from.template row<Rows::in_row * 8>(position));
+  else rows.load(from.q + at, count, nullptr);
 }
 
 /// Scores of a tile against all queries, issued; Q and K as in a page. Low codes come first: sums are cut off after few bits.
@@ -586,70 +623,124 @@ __device__ __forceinline__ void add_columns(Running<Dim> &r, float *t, int block
 /// What the maximum of a row is raised by, so that weights times the scales of `count` tokens' V are at most 256.
 __device__ __forceinline__ float above_maximum(const float *value_scales, int count) { return exponent_of_largest(value_scales, count) - 8.0f; }
 
-/// One tile of which `count` tokens take part: waits for it, and leaves it to its caller to give the stage back.
+/// This warp has no more use for a stage.
+__device__ __forceinline__ void give_back(hopper::Barrier &empty) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) empty.arrive();
+}
+
+/// This warpgroup's tiles of a unit, of which the first is the unit's number `own`; `tile` counts the tiles before the unit. The stages of the
+/// unit's last two tiles are left to its end.
 template <class E, int Dim>
-__device__ __forceinline__ void attend_tile(Running<Dim> &r, typename HopperShape<E, Dim>::Control &control, uint8_t *stage_data, float *scales, uint32_t full,
-                                            uint32_t phase, uint32_t q, int count, const float (&factor)[2], int thread) {
+__device__ __forceinline__ void attend_plain_tiles(Running<Dim> &r, typename HopperShape<E, Dim>::Control &control, uint8_t *ring, const Unit &u, uint32_t tile,
+                                             uint32_t own, uint32_t q, const float (&factor)[2], int thread) {
   using namespace hopper;
   using S = HopperShape<E, Dim>;
-  const uint32_t k = same_in_warp(shared_address(stage_data));
-  const uint64_t v = values_at<E, Dim>(k);
-  float s[32];
-  control.key_full[full].wait(phase);
-  product_fence();
-  multiply_keys<E, Dim>(s, q, k);
-  product_commit();
-
-  float above = 0.0f;
-  if constexpr (S::codes) above = above_maximum(scales + page_tokens, count);
-  product_wait<0>();
-#pragma unroll
-  for (int i = 0; i < 32; ++i) pin(s[i]);
-  if constexpr (S::codes) scale_scores(s, scales, thread);
-  if (count < page_tokens) leave_out(s, count, thread);
-  float kept[2];
-  const bool moved = soften(r, s, factor, above, kept);
-  if (count < page_tokens) {
-    control.value_full[full].wait(phase);
-    clear_values<E, Dim>(stage_data + S::half, scales + page_tokens, count, thread);
-    fence_async();
-    meet(2 + threadIdx.x / 128, 128);
-  }
-
-  if constexpr (!S::codes) {
-    uint32_t p[16];
-#pragma unroll
-    for (int i = 0; i < 16; ++i) p[i] = pack_bf16(s[2 * i], s[2 * i + 1]);
-    if (__any_sync(0xffffffffu, moved)) {
-#pragma unroll
-      for (int i = 0; i < Dim / 2; ++i) r.sums[i] *= kept[i / 2 % 2];
-    }
-    control.value_full[full].wait(phase);
+  RingPlace<S::stages> place(tile + own);
+  for (int i = static_cast<int>(own); i < u.count; i += 2) {
+    const uint32_t stage = place.stage(), k = same_in_warp(shared_address(ring + stage * (2 * S::half)));
+    const int count = min(page_tokens, u.last_position + 1 - (u.first + i) * page_tokens);
+    float s[32], kept[2];
+    control.key_full[place.full].wait(place.phase);
     product_fence();
-    multiply_values<Dim>(r.sums, p, v);
+    multiply_keys<E, Dim>(s, q, k);
     product_commit();
     product_wait<0>();
 #pragma unroll
-    for (int i = 0; i < Dim / 2; ++i) pin(r.sums[i]);
-  } else {
+    for (int j = 0; j < 32; ++j) pin(s[j]);
+    if (count < page_tokens) leave_out(s, count, thread);
+    const bool moved = soften(r, s, factor, 0.0f, kept);
+    if (count < page_tokens) {
+      control.value_full[place.full].wait(place.phase);
+      clear_values<E, Dim>(ring + stage * (2 * S::half) + S::half, nullptr, count, thread);
+      fence_async();
+      meet(2 + threadIdx.x / 128, 128);
+    }
+    uint32_t p[16];
+#pragma unroll
+    for (int j = 0; j < 16; ++j) p[j] = pack_bf16(s[2 * j], s[2 * j + 1]);
+    if (__any_sync(0xffffffffu, moved)) {
+#pragma unroll
+      for (int j = 0; j < Dim / 2; ++j) r.sums[j] *= kept[j / 2 % 2];
+    }
+    control.value_full[place.full].wait(place.phase);
+    product_fence();
+    multiply_values<Dim>(r.sums, p, values_at<E, Dim>(k));
+    product_commit();
+    product_wait<0>();
+#pragma unroll
+    for (int j = 0; j < Dim / 2; ++j) pin(r.sums[j]);
+    if (i < u.count - 2) give_back(control.empty[stage]);
+    place.advance(2);
+  }
+}
+
+/// The turns in which the two warpgroups keep the matrix units busy, one while the other one's threads compute: they go by the number of the tile.
+struct Turns {
+  static constexpr uint32_t first = 4; // number of the barrier of the first warpgroup
+  static __device__ __forceinline__ void give() { asm volatile("bar.arrive %0, 256;" ::"r"(first + 1 - threadIdx.x / 128) : "memory"); }
+  static __device__ __forceinline__ void take() { hopper::meet(first + threadIdx.x / 128, 256); }
+};
+
+/// The same for codes. A turn is the products of a tile's values and of the keys of the next one; the keys of the last tile are multiplied once
+/// more, because the compiler would wait for products on their way around a branch.
+template <class E, int Dim>
+__device__ __forceinline__ void attend_coded_tiles(Running<Dim> &r, typename HopperShape<E, Dim>::Control &control, uint8_t *ring, const Unit &u, uint32_t tile,
+                                                   uint32_t own, uint32_t q, const float (&factor)[2], int thread) {
+  using namespace hopper;
+  using S = HopperShape<E, Dim>;
+  constexpr int blocks = Dim / 64; // of 64 columns
+  RingPlace<S::stages> place(tile + own);
+  const auto stage_at = [&] { return same_in_warp(shared_address(ring + place.stage() * (2 * S::half))); };
+  float s[32], other[32];
+  const auto begin_scores = [&] {
+    control.key_full[place.full].wait(place.phase);
+    product_fence();
+    multiply_keys<E, Dim>(s, q, stage_at());
+    product_commit();
+  };
+  const int tiles = static_cast<int>(same_in_warp((static_cast<uint32_t>(u.count) + 1 - own) / 2));
+  if (tiles > 0) begin_scores();
+  for (int left = tiles, i = static_cast<int>(own); left > 0; --left, i += 2) {
+    const uint32_t stage = place.stage();
+    const uint64_t v = values_at<E, Dim>(stage_at());
+    float *const scales = reinterpret_cast<float *>(ring + S::stages * (2 * S::half) + stage * S::scales);
+    const int count = min(page_tokens, u.last_position + 1 - (u.first + i) * page_tokens);
+    float kept[2];
+    const float above = above_maximum(scales + page_tokens, count);
+    product_wait<0>();
+#pragma unroll
+    for (int j = 0; j < 32; ++j) pin(s[j]);
+    scale_scores(s, scales, thread);
+    if (count < page_tokens) leave_out(s, count, thread);
+    soften(r, s, factor, above, kept);
+    if (count < page_tokens) {
+      control.value_full[place.full].wait(place.phase);
+      clear_values<E, Dim>(ring + stage * (2 * S::half) + S::half, scales + page_tokens, count, thread);
+      fence_async();
+      meet(2 + threadIdx.x / 128, 128);
+    }
     WeightCodes weights;
     scale_scores(s, scales + page_tokens, thread);
     weights.take(s);
-    control.value_full[full].wait(phase);
-    // sums of 64 columns at a time, of which the threads add one lot while the next is multiplied
-    float even[32], odd[32];
-    weights.multiply(even, v, 0);
+    control.value_full[place.full].wait(place.phase);
+    Turns::take();
+    // sums of 64 columns at a time, of which the threads add one lot while the next is multiplied; the last is not where the scores will be
+    weights.multiply(blocks % 2 ? other : s, v, 0);
 #pragma unroll
-    for (int block = 0; block < Dim / 64; ++block) {
-      if (block + 1 < Dim / 64) {
-        weights.multiply(block % 2 ? even : odd, v, block + 1);
-        product_wait<1>();
-      } else {
-        product_wait<0>();
-      }
-      add_columns(r, block % 2 ? odd : even, block, kept);
+    for (int block = 0; block < blocks - 1; ++block) {
+      weights.multiply((blocks - block) % 2 ? s : other, v, block + 1);
+      product_wait<1>();
+      add_columns(r, (blocks - block) % 2 ? other : s, block, kept);
     }
+    if (left > 1) place.advance(2);
+    begin_scores();
+    Turns::give();
+    product_wait<1>();
+    if (i < u.count - 2) give_back(control.empty[stage]);
+    add_columns(r, other, blocks - 1, kept);
   }
+  product_wait<0>();
 }
 
 /// How far the pieces of a unit are, in one word that begins and ends as 0.
@@ -675,6 +766,12 @@ __device__ __forceinline__ int slot_of(const Unit &u, int piece) { return (u.fir
 /// Which fours of sums a block adds up: none, its own share, or all.
 constexpr uint32_t adds_none = 0, adds_share = 1, adds_all = 2;
 
+/// Whether all other pieces have arrived and none of their blocks waits.
+__device__ __forceinline__ bool is_last(const Unit &u, uint32_t word) {
+  const uint32_t others = static_cast<uint32_t>(u.pieces) - 1;
+  return progress::arrivals(word) == others && progress::departures(word) == others;
+}
+
 /// Announces a piece whose sums are in scratch. The last blocks of a row to arrive are about to end: they wait a while for all others.
 /// One that has waited in vain leaves, and the last one to arrive then adds up everything.
 __device__ __forceinline__ uint32_t arrive(const Unit &u, uint32_t *word) {
@@ -697,66 +794,116 @@ __device__ __forceinline__ uint32_t arrive(const Unit &u, uint32_t *word) {
   return adds;
 }
 
-/// The end of a unit: both warpgroups put half of their sums at a time into the stages of their last tiles, and all threads add them up.
-/// Results to be quantised go where the queries were.
-template <class S, int Dim, class To>
-__device__ __forceinline__ void finish(const Running<Dim> &r, const Unit &u, typename S::Control &control, bool has_part, uint8_t *first_stage, uint8_t *second_stage,
-                                       uint8_t *queries, uint8_t *scratch, const To &to_results, int64_t at, int rows) {
-  constexpr int half = Dim / 16; // fours of a thread
-  const int thread = static_cast<int>(threadIdx.x % 128), group = static_cast<int>(threadIdx.x / 128), row = thread / 32 * 16 + thread % 32 / 4;
+/// What a thread has of a unit that both warpgroups have put together: the half of the columns that is its warpgroup's, of the same rows.
+template <int Dim>
+struct Merged {
+  static constexpr int fours = Dim / 16;
+  float4 sums[fours];
+  float maximum[2], total[2]; // of a row
+
+  /// Adds the warpgroups' sums: each puts what is the other's half into the stage of its last tile.
+  __device__ __forceinline__ Merged(const Running<Dim> &r, float2 (&state)[2][group_rows], bool has_part, uint8_t *own_stage, const uint8_t *other_stage) {
+    const int thread = static_cast<int>(threadIdx.x % 128), group = static_cast<int>(threadIdx.x / 128), row = thread / 32 * 16 + thread % 32 / 4;
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    float total = r.total[i] + __shfl_xor_sync(0xffffffffu, r.total[i], 1);
-    total += __shfl_xor_sync(0xffffffffu, total, 2);
-    if (thread % 4 == 0) control.state[group][row + 8 * i] = float2{r.maximum[i], total};
-  }
-  uint8_t *const partial = scratch + static_cast<int64_t>(slot_of(u, u.piece)) * partial_bytes<Dim>;
-  const bool whole = u.pieces == 1;
-  float weights[2][2]; // of warpgroups, of the two rows
-#pragma unroll 1
-  for (int part = 0; part < 2; ++part) {
-    hopper::meet(1, 256); // no warp multiplies these stages any more, or reads what lay there
+    for (int i = 0; i < 2; ++i) {
+      total[i] = r.total[i] + __shfl_xor_sync(0xffffffffu, r.total[i], 1);
+      total[i] += __shfl_xor_sync(0xffffffffu, total[i], 2);
+      if (thread % 4 == 0) state[group][row + 8 * i] = float2{r.maximum[i], total[i]};
+    }
+    hopper::meet(2 + group, 128); // no warp multiplies the stage any more, or reads what lay there
     if (has_part) {
-      float4 *const to = reinterpret_cast<float4 *>(group == 0 ? first_stage : second_stage) + thread;
-      if (part == 0) {
 #pragma unroll
-        for (int i = 0; i < half; ++i) to[i * 128] = float4{r.sums[4 * i], r.sums[4 * i + 1], r.sums[4 * i + 2], r.sums[4 * i + 3]};
-      } else {
-#pragma unroll
-        for (int i = half; i < 2 * half; ++i) to[(i - half) * 128] = float4{r.sums[4 * i], r.sums[4 * i + 1], r.sums[4 * i + 2], r.sums[4 * i + 3]};
-      }
+      for (int i = 0; i < fours; ++i)
+        reinterpret_cast<float4 *>(own_stage)[i * 128 + thread] = group == 0 ? four(r, fours + i) : four(r, i);
     }
     hopper::meet(1, 256);
-    if (part == 0) {
+    float own[2], others[2]; // what the sums are multiplied by
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const float2 first = control.state[0][row + 8 * i], second = control.state[1][row + 8 * i];
-        const float most = fmaxf(first.x, second.x), by_first = power_of_two(first.x - most), by_second = power_of_two(second.x - most);
-        const float total = fmaf(first.y, by_first, second.y * by_second), norm = whole ? 1.0f / total : 1.0f;
-        weights[0][i] = by_first * norm;
-        weights[1][i] = by_second * norm;
-        if (!whole && group == 0 && thread % 4 == 0) __stcg(reinterpret_cast<float2 *>(partial + group_rows * Dim * 4) + row + 8 * i, float2{most, total});
-      }
+    for (int i = 0; i < 2; ++i) { // the same bits whichever of the two this is
+      const float2 other = state[1 - group][row + 8 * i];
+      maximum[i] = fmaxf(r.maximum[i], other.x);
+      own[i] = power_of_two(r.maximum[i] - maximum[i]);
+      others[i] = power_of_two(other.x - maximum[i]);
+      total[i] = __fadd_rn(__fmul_rn(total[i], own[i]), __fmul_rn(other.y, others[i]));
     }
-#pragma unroll 2
-    for (int i = group; i < half; i += 2) {
-      const float4 a = reinterpret_cast<const float4 *>(first_stage)[i * 128 + thread], b = reinterpret_cast<const float4 *>(second_stage)[i * 128 + thread];
-      const float4 sum{fmaf(a.x, weights[0][0], b.x * weights[1][0]), fmaf(a.y, weights[0][0], b.y * weights[1][0]),
-                       fmaf(a.z, weights[0][1], b.z * weights[1][1]), fmaf(a.w, weights[0][1], b.w * weights[1][1])};
-      const int four = part * half + i;
-      if (!whole) {
-        __stcg(reinterpret_cast<float4 *>(partial) + four * 128 + thread, sum);
-      } else if constexpr (To::quantised) {
-        *reinterpret_cast<uint32_t *>(queries + Page<bf16, Dim>::key(row, four * 8 + thread % 4 * 2)) = pack_bf16(sum.x, sum.y);
-        *reinterpret_cast<uint32_t *>(queries + Page<bf16, Dim>::key(row + 8, four * 8 + thread % 4 * 2)) = pack_bf16(sum.z, sum.w);
-      } else {
-        write_result(to_results.out + at, Dim, row, four * 8 + thread % 4 * 2, rows, sum, 1.0f, 1.0f);
-      }
+#pragma unroll
+    for (int i = 0; i < fours; ++i) {
+      const float4 a = group == 0 ? four(r, i) : four(r, fours + i), b = reinterpret_cast<const float4 *>(other_stage)[i * 128 + thread];
+      sums[i].x = __fadd_rn(__fmul_rn(a.x, own[0]), __fmul_rn(b.x, others[0])), sums[i].y = __fadd_rn(__fmul_rn(a.y, own[0]), __fmul_rn(b.y, others[0]));
+      sums[i].z = __fadd_rn(__fmul_rn(a.z, own[1]), __fmul_rn(b.z, others[1])), sums[i].w = __fadd_rn(__fmul_rn(a.w, own[1]), __fmul_rn(b.w, others[1]));
     }
   }
-  hopper::fence_async();
-  if (!whole) __threadfence();
-  hopper::meet(1, 256);
+  static __device__ __forceinline__ float4 four(const Running<Dim> &r, int i) { return float4{r.sums[4 * i], r.sums[4 * i + 1], r.sums[4 * i + 2], r.sums[4 * i + 3]}; }
+
+  /// Number of a four in a piece, without the thread's.
+  static __device__ __forceinline__ int at(int i) { return (static_cast<int>(threadIdx.x / 128) * fours + i) * 128; }
+
+  /// Leaves this piece in scratch.
+  __device__ __forceinline__ void leave(uint8_t *piece) const {
+    const int thread = static_cast<int>(threadIdx.x % 128), row = thread / 32 * 16 + thread % 32 / 4;
+#pragma unroll
+    for (int i = 0; i < fours; ++i) __stcg(reinterpret_cast<float4 *>(piece) + at(i) + thread, sums[i]);
+    if (threadIdx.x / 128 == 0 && thread % 4 == 0) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) __stcg(reinterpret_cast<float2 *>(piece + group_rows * Dim * 4) + row + 8 * i, float2{maximum[i], total[i]});
+    }
+  }
+
+  /// Adds up all `count` pieces of a unit, of which this is number `own` and the others are in scratch: the same bits as add_pieces.
+  template <class Slot>
+  __device__ __forceinline__ void add(Slot slot_of, int own, int count, const uint8_t *scratch) {
+    const int thread = static_cast<int>(threadIdx.x % 128), row = thread / 32 * 16 + thread % 32 / 4;
+    float4 sum[fours] = {};
+    float most[2] = {-infinity, -infinity}, all[2] = {};
+#pragma unroll 1
+    for (int p = 0; p < count; ++p) {
+      const uint8_t *const piece = scratch + static_cast<int64_t>(slot_of(p)) * partial_bytes<Dim>;
+      const float2 *const state = reinterpret_cast<const float2 *>(piece + group_rows * Dim * 4);
+      float2 of[2] = {{maximum[0], total[0]}, {maximum[1], total[1]}};
+      float4 x[fours];
+      if (p != own) {
+        of[0] = __ldcg(state + row), of[1] = __ldcg(state + row + 8);
+#pragma unroll
+        for (int i = 0; i < fours; ++i) x[i] = __ldcg(reinterpret_cast<const float4 *>(piece) + at(i) + thread);
+      } else {
+#pragma unroll
+        for (int i = 0; i < fours; ++i) x[i] = sums[i];
+      }
+      float kept[2], taken[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float now = fmaxf(most[i], of[i].x);
+        kept[i] = power_of_two(most[i] - now), taken[i] = power_of_two(of[i].x - now);
+        most[i] = now;
+        all[i] = fmaf(all[i], kept[i], of[i].y * taken[i]);
+      }
+#pragma unroll
+      for (int i = 0; i < fours; ++i) {
+        sum[i].x = fmaf(sum[i].x, kept[0], x[i].x * taken[0]), sum[i].y = fmaf(sum[i].y, kept[0], x[i].y * taken[0]);
+        sum[i].z = fmaf(sum[i].z, kept[1], x[i].z * taken[1]), sum[i].w = fmaf(sum[i].w, kept[1], x[i].w * taken[1]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < fours; ++i) sums[i] = sum[i];
+    total[0] = all[0], total[1] = all[1];
+  }
+
+  /// Results in bf16: of four `i`, columns 2 (0, 1) of the first row in the first word, of the second in the second.
+  __device__ __forceinline__ uint2 result(int i, const float (&norm)[2]) const {
+    return uint2{pack_bf16(sums[i].x * norm[0], sums[i].y * norm[0]), pack_bf16(sums[i].z * norm[1], sums[i].w * norm[1])};
+  }
+};
+
+/// Four words of two columns each, of four threads that have columns side by side and of four blocks of 8 columns, so that each thread has one
+/// block; all of 16 bits.
+__device__ __forceinline__ uint2 gather_block(uint32_t first_two, uint32_t second_two) {
+  const bool odd = threadIdx.x % 2, upper = threadIdx.x % 4 / 2;
+  // with the neighbour: blocks 0 and 2, or 1 and 3
+  const uint32_t given = __shfl_xor_sync(0xffffffffu, __byte_perm(first_two, second_two, odd ? 0x5410 : 0x7632), 1);
+  const uint32_t kept = __byte_perm(first_two, second_two, odd ? 0x7632 : 0x5410);
+  const uint32_t low = odd ? __byte_perm(given, kept, 0x5410) : __byte_perm(kept, given, 0x5410), high = odd ? __byte_perm(given, kept, 0x7632) : __byte_perm(kept, given, 0x7632);
+  const uint32_t others = __shfl_xor_sync(0xffffffffu, upper ? low : high, 2);
+  return upper ? uint2{others, high} : uint2{low, others};
 }
 
 /// Quantises the results of a row of a unit, which lie in shared memory as keys in a page: a warp of some for each group of columns.
@@ -768,8 +915,54 @@ __device__ __forceinline__ void quantise_row(const uint8_t *results, int rows, c
     const int first = group * result_group + lane * 4;
     const uint2 x = *reinterpret_cast<const uint2 *>(results + Page<bf16, Dim>::key(first / Dim, first % Dim));
     const float scale = scale_of_group(max(largest_of(x.x), largest_of(x.y)));
-    *reinterpret_cast<uint32_t *>(to.codes + at + first) = codes_of(x.x, scale) | static_cast<uint32_t>(codes_of(x.y, scale)) << 16;
+    const Divisor by(scale);
+    *reinterpret_cast<uint32_t *>(to.codes + at + first) = codes_of(x.x, by) | static_cast<uint32_t>(codes_of(x.y, by)) << 16;
     if (lane == 0) to.scales[at / result_group + group] = scale;
+  }
+}
+
+/// Writes the results of a unit of `rows` heads. Where a warpgroup has not the whole of a group of columns, they go where the queries were first.
+template <int Dim, class To>
+__device__ __forceinline__ void write(const Merged<Dim> &merged, uint8_t *queries, const To &to, int64_t at, int rows) {
+  const int thread = static_cast<int>(threadIdx.x % 128), row = thread / 32 * 16 + thread % 32 / 4, first = static_cast<int>(threadIdx.x / 128) * (Dim / 2);
+  const float norm[2] = {1.0f / merged.total[0], 1.0f / merged.total[1]};
+  constexpr int fours = Merged<Dim>::fours;
+  if constexpr (!To::quantised) {
+#pragma unroll
+    for (int i = 0; i < fours; ++i) write_result(to.out + at, Dim, row, first + i * 8 + thread % 4 * 2, rows, merged.sums[i], norm[0], norm[1]);
+  } else if constexpr (Dim / 2 != result_group) {
+#pragma unroll
+    for (int i = 0; i < fours; ++i) {
+      const uint2 x = merged.result(i, norm);
+      *reinterpret_cast<uint32_t *>(queries + Page<bf16, Dim>::key(row, first + i * 8 + thread % 4 * 2)) = x.x;
+      *reinterpret_cast<uint32_t *>(queries + Page<bf16, Dim>::key(row + 8, first + i * 8 + thread % 4 * 2)) = x.y;
+    }
+    hopper::meet(1, 256);
+    quantise_row<Dim, 8>(queries, rows, to, at);
+  } else {
+    uint32_t magnitude[2] = {};
+    uint2 x[fours];
+#pragma unroll
+    for (int i = 0; i < fours; ++i) {
+      x[i] = merged.result(i, norm);
+      magnitude[0] = max(magnitude[0], largest_of(x[i].x)), magnitude[1] = max(magnitude[1], largest_of(x[i].y));
+    }
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      magnitude[j] = max(magnitude[j], __shfl_xor_sync(0xffffffffu, magnitude[j], 1));
+      magnitude[j] = max(magnitude[j], __shfl_xor_sync(0xffffffffu, magnitude[j], 2));
+      const float scale = scale_of(magnitude[j]);
+      const Divisor by(scale);
+      const bool there = row + 8 * j < rows;
+      const int64_t from = at + (row + 8 * j) * Dim + first;
+      if (there && thread % 4 == 0) to.scales[from / result_group] = scale;
+#pragma unroll
+      for (int i = 0; i < fours; i += 4) {
+        const auto codes = [&](int k) { return static_cast<uint32_t>(codes_of(j == 0 ? x[i + k].x : x[i + k].y, by)); };
+        const uint2 block = gather_block(codes(0) | codes(1) << 16, codes(2) | codes(3) << 16);
+        if (there) *reinterpret_cast<uint2 *>(to.codes + from + (i + thread % 4) * 8) = block;
+      }
+    }
   }
 }
 
@@ -796,10 +989,11 @@ __device__ __forceinline__ void add_up_quantised(Slot slot_of, int count, const 
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const float scale = scale_of_group(max(largest_of(two[i][0]), largest_of(two[i][1])));
+      const Divisor by(scale);
       if (row + 8 * i < rows) {
         const int64_t first = at + (row + 8 * i) * Dim + block * 8 + thread % 4 * 2;
 #pragma unroll
-        for (int j = 0; j < 2; ++j) *reinterpret_cast<uint16_t *>(results.codes + first + j * (blocks / 2) * 8) = codes_of(two[i][j], scale);
+        for (int j = 0; j < 2; ++j) *reinterpret_cast<uint16_t *>(results.codes + first + j * (blocks / 2) * 8) = codes_of(two[i][j], by);
         if (lane == 0) results.scales[first / result_group] = scale;
       }
     }
@@ -814,20 +1008,29 @@ __device__ __forceinline__ void compute(typename HopperShape<E, Dim>::Control &c
   const float to_powers = scale * 1.44269504f; // e^x = 2^(x log2 e)
   Running<Dim> r;
   uint32_t tile = 0, unit = 0, unit_phase = 0;
-  after_predecessor();
-  for (;;) {
+  QueryRowsOf<From, Dim> rows;
+  const auto first_head = [&](const Unit &u) { return head_of<Group>(u.part); };
+  const auto heads_of = [&](const Unit &u) { return min(group_rows, Group - first_head(u) % Group); };
+  const auto place_of = [&](const Unit &u) { return (static_cast<int64_t>(u.row) * Heads * Group + first_head(u)) * Dim; };
+  const auto begin_unit = [&] {
     control.unit_full[unit].wait(unit_phase);
+    Unit u = control.units[unit];
+    u.row = max(u.row, 0); // the last one's are not used, but else the values before would be kept for it
+    load_queries(rows, from_queries, place_of(u), heads_of(u), u.last_position);
+  };
+  if (S::codes && group == 1) Turns::give();
+  after_predecessor();
+  begin_unit();
+  for (;;) {
     const Unit &u = control.units[unit];
     if (u.row < 0) return;
     hopper::meet(1, 256); // nobody reads the unit before and its queries any more
     if (thread == 0 && tile > 0) control.unit_empty[(unit + units_ahead - 1) % units_ahead].arrive();
     if (++unit == units_ahead) unit = 0, unit_phase ^= 1;
 
-    const int first_head = head_of<Group>(u.part), heads = min(group_rows, Group - first_head % Group);
-    const int64_t at = (static_cast<int64_t>(u.row) * Heads * Group + first_head) * Dim;
-    if constexpr (From::rotated)
-      load_queries<E, Dim, Rotation<Dim>>(from_queries.q + at, heads, from_queries.template row<Dim>(u.last_position), queries, control.row_scale, to_powers);
-    else load_queries<E, Dim, NoRotation>(from_queries.q + at, heads, nullptr, queries, control.row_scale, to_powers);
+    const int heads = heads_of(u);
+    const int64_t at = place_of(u);
+    rows.template store<E>(queries, control.row_scale, to_powers);
     hopper::fence_async();
     hopper::meet(1, 256);
     float factor[2] = {to_powers, to_powers};
@@ -839,35 +1042,42 @@ __device__ __forceinline__ void compute(typename HopperShape<E, Dim>::Control &c
     for (int i = 0; i < 2; ++i) r.maximum[i] = -infinity, r.total[i] = 0.0f;
 
     const uint32_t own = (tile ^ static_cast<uint32_t>(group)) % 2; // the first tile of this warpgroup
-    RingPlace<S::stages> place(tile + own);
-    for (int i = static_cast<int>(own); i < u.count; i += 2) {
-      const uint32_t stage = place.stage();
-      attend_tile<E, Dim>(r, control, ring + stage * (2 * S::half), reinterpret_cast<float *>(ring + S::stages * (2 * S::half) + stage * S::scales), place.full,
-                          place.phase, hopper::shared_address(queries), min(page_tokens, u.last_position + 1 - (u.first + i) * page_tokens), factor, thread);
-      // the stages of the last two tiles take the sums
-      if (i < u.count - 2) {
-        __syncwarp();
-        if (thread % 32 == 0) control.empty[stage].arrive();
-      }
-      place.advance(2);
-    }
+    if constexpr (S::codes) attend_coded_tiles<E, Dim>(r, control, ring, u, tile, own, hopper::shared_address(queries), factor, thread);
+    else attend_plain_tiles<E, Dim>(r, control, ring, u, tile, own, hopper::shared_address(queries), factor, thread);
     tile += static_cast<uint32_t>(u.count);
     const uint32_t last_stage = RingPlace<S::stages>(tile - 1).stage(), stage_before = u.count == 1 ? last_stage : RingPlace<S::stages>(tile - 2).stage();
     const uint32_t even_stage = tile % 2 == 1 ? last_stage : stage_before, odd_stage = tile % 2 == 1 ? stage_before : last_stage;
     const bool has_part = u.count > 1 || (tile - 1) % 2 == static_cast<uint32_t>(group);
-    finish<S, Dim>(r, u, control, has_part, ring + even_stage * (2 * S::half), ring + odd_stage * (2 * S::half), queries, scratch, to_results, at, heads);
+    // the last piece to arrive adds up all of them when nobody waits
+    uint32_t *const word = counters + u.first_block;
+    const bool whole = u.pieces == 1;
+    if (threadIdx.x == 0) control.told = !whole && is_last(u, progress::read(word));
+    uint8_t *const own_stage = ring + (group == 0 ? even_stage : odd_stage) * (2 * S::half), *const other_stage = ring + (group == 0 ? odd_stage : even_stage) * (2 * S::half);
+    Merged<Dim> merged(r, control.state, has_part, own_stage, other_stage);
+    const bool last = control.told;
+    const auto slot = [&](int p) { return slot_of(u, p); };
+    if (!whole && !last) {
+      merged.leave(scratch + static_cast<int64_t>(slot(u.piece)) * partial_bytes<Dim>);
+      __threadfence();
+    }
+    hopper::fence_async();
+    hopper::meet(1, 256);
     if (has_part && thread % 32 == 0) control.empty[group == 0 ? even_stage : odd_stage].arrive();
-    if (u.pieces == 1) {
-      if constexpr (To::quantised) quantise_row<Dim, 8>(queries, heads, to_results, at);
+    if (last) {
+      if (threadIdx.x == 0) *word = 0;
+      merged.add(slot, u.piece, u.pieces, scratch);
+    }
+    begin_unit(); // queries of the next one come while results of this one are written
+    if (whole || last) {
+      write(merged, queries, to_results, at, heads);
       continue;
     }
-    if (threadIdx.x == 0) control.told = arrive(u, counters + u.first_block);
+    if (threadIdx.x == 0) control.told = arrive(u, word);
     hopper::meet(1, 256);
     const uint32_t adds = control.told;
     if (adds == adds_none) continue;
     constexpr int all = To::quantised ? group_pairs<Dim> : Dim / 8 * 128;
     const int from = adds == adds_all ? 0 : static_cast<int>(part_of(all, u.piece, u.helpers)), to = adds == adds_all ? all : static_cast<int>(part_of(all, u.piece + 1, u.helpers));
-    const auto slot = [&](int p) { return slot_of(u, p); };
     if constexpr (To::quantised) add_up_quantised<Dim>(slot, u.pieces, scratch, to_results, at, heads, from, to);
     else add_up<Dim, 256>(slot, u.pieces, scratch, to_results.out + at, heads, from, to);
   }
