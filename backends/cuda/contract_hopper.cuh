@@ -140,13 +140,20 @@ struct Table {
   }
 };
 
+/// n / d for quotients below 2^21: from that of floats, which is one off at most.
+__device__ __forceinline__ uint32_t quotient_of(uint32_t n, uint32_t d) {
+  const uint32_t near = static_cast<uint32_t>(__fdividef(static_cast<float>(n), static_cast<float>(d)));
+  const int32_t left = static_cast<int32_t>(n - near * d);
+  return left < 0 ? near - 1 : left >= static_cast<int32_t>(d) ? near + 1 : near;
+}
+
 /// How rows of one matrix are cut: tiles, and 64s of rows of each but the last, which has `rest`.
 struct Cuts {
   int32_t count, blocks, rest;
   __device__ __forceinline__ Cuts(int32_t rows, int32_t most) {
     const int32_t all = (rows + block_rows - 1) / block_rows;
-    count = (all + most - 1) / most;
-    blocks = count == 0 ? 0 : (all + count - 1) / count;
+    count = quotient_of(all + most - 1, most);
+    blocks = count == 0 ? 0 : quotient_of(all + count - 1, count);
     rest = all - (count - 1) * blocks;
   }
 };
@@ -156,11 +163,21 @@ template <int Weights>
 struct Lengths {
   static constexpr int32_t least_cut = 16, least_steps = 4; // steps of items that may be cut, and of their pieces
   static __device__ __forceinline__ uint32_t step(int32_t blocks) { return Weights * blocks + 1; }
-  static __device__ __forceinline__ uint32_t of(int32_t steps, int32_t blocks) { return steps * step(blocks) + 5 * blocks; }
+  static __device__ __forceinline__ uint32_t of(int32_t steps, int32_t blocks) { return steps * step(blocks) + 5 * blocks + 5; }
   static __device__ __forceinline__ uint32_t of(int32_t steps, const Cuts &cuts) {
     return cuts.count == 0 ? 0 : (cuts.count - 1) * of(steps, cuts.blocks) + of(steps, cuts.rest);
   }
 };
+
+/// A value of another lane.
+template <class T>
+__device__ __forceinline__ T from_lane(const T &own, int lane) {
+  static_assert(sizeof(T) % 4 == 0);
+  struct Words { uint32_t at[sizeof(T) / 4]; } words = reinterpret_cast<const Words &>(own);
+#pragma unroll
+  for (uint32_t &word : words.at) word = __shfl_sync(0xFFFFFFFFu, word, lane);
+  return reinterpret_cast<const T &>(words);
+}
 
 /// Sums over the lanes up to this one's.
 __device__ __forceinline__ uint32_t sum_to_lane(uint32_t own) {
@@ -170,6 +187,10 @@ __device__ __forceinline__ uint32_t sum_to_lane(uint32_t own) {
   }
   return own;
 }
+
+/// 64s of rows of a tile: what is gathered beside sums, or sums by two weights, leave registers for half as many.
+template <class Finish>
+constexpr int32_t most_of = Finish::pairs || Finish::gathers ? most_blocks / 2 : most_blocks;
 
 /// Fills in the table of a block to which tiles are dealt, from its groups. All lanes of a warp.
 template <class O, int Weights>
@@ -188,30 +209,45 @@ __device__ __forceinline__ void deal(const Problem &p, int32_t most, Table &tabl
   const auto rows_of = [&](int32_t matrix) { return p.direct ? rows : table.groups[matrix].count; };
   // the cut that is done first
   const uint32_t blocks = gridDim.x;
-  int32_t best = 1, largest = 1;
-  uint32_t items = 0, length = 0;
-  uint64_t least = UINT64_MAX;
-  for (int32_t cut = most; cut > 0; --cut) {
-    uint32_t count = 0, sum = 0, high = 0;
-    for (int32_t matrix = lane; matrix < matrices; matrix += 32) {
-      const Cuts cuts(rows_of(matrix), cut);
-      count += cuts.count * p.tiles;
-      sum += Length::of(p.steps, cuts) * p.tiles;
-      high = max(high, cuts.blocks);
+  struct Sums {
+    uint32_t items, length, largest, time; // `largest`: 64s of rows
+  } best{0, 0, 1, UINT32_MAX};
+  int32_t best_cut = 1;
+  const auto add = [&](Sums &to, const Cuts &cuts) { to = {to.items + cuts.count * p.tiles, to.length + Length::of(p.steps, cuts) * p.tiles, max(to.largest, cuts.blocks), 0}; };
+  const auto take = [&](const Sums &sums, int32_t cut) {
+    if (sums.time < best.time) best = sums, best_cut = cut;
+  };
+  const auto time_of = [&](const Sums &sums) {
+    if (sums.items > blocks && p.steps >= Length::least_cut) return quotient_of(sums.length, blocks) + 1;
+    return quotient_of(sums.items + blocks - 1, blocks) * Length::of(p.steps, sums.largest);
+  };
+  if (matrices <= 8) { // cuts side by side
+    static_assert(most_blocks == 4);
+    Sums sums{0, 0, 1, 0};
+    if (lane % 8 < matrices) add(sums, Cuts(rows_of(lane % 8), max(most - lane / 8, 1)));
+    for (int by = 1; by < 8; by *= 2)
+      sums = {sums.items + __shfl_xor_sync(0xFFFFFFFFu, sums.items, by), sums.length + __shfl_xor_sync(0xFFFFFFFFu, sums.length, by),
+              max(sums.largest, __shfl_xor_sync(0xFFFFFFFFu, sums.largest, by)), 0};
+    sums.time = time_of(sums);
+    for (int cut = most; cut > 0; --cut) take(from_lane(sums, 8 * (most - cut)), cut);
+  } else {
+    for (int32_t cut = most; cut > 0; --cut) {
+      Sums sums{0, 0, 1, 0};
+      for (int32_t matrix = lane; matrix < matrices; matrix += 32) add(sums, Cuts(rows_of(matrix), cut));
+      sums = {__reduce_add_sync(0xFFFFFFFFu, sums.items), __reduce_add_sync(0xFFFFFFFFu, sums.length), __reduce_max_sync(0xFFFFFFFFu, sums.largest), 0};
+      sums.time = time_of(sums);
+      take(sums, cut);
     }
-    count = __reduce_add_sync(0xFFFFFFFFu, count), sum = __reduce_add_sync(0xFFFFFFFFu, sum), high = __reduce_max_sync(0xFFFFFFFFu, high);
-    const uint32_t longest = Length::of(p.steps, high);
-    const uint64_t time = count > blocks && p.steps >= Length::least_cut ? sum / blocks + 1 : uint64_t{ceil_div(count, blocks)} * longest;
-    if (time < least) least = time, best = cut, largest = max(high, 1u), items = count, length = sum;
   }
   // the share of this block
+  const uint32_t items = best.items, each = quotient_of(best.length, blocks), over = best.length - each * blocks;
   uint32_t item_before = 0, length_before = 0;
-  const uint64_t ends[2] = {uint64_t{length} * blockIdx.x / blocks, uint64_t{length} * (blockIdx.x + 1) / blocks};
+  const uint32_t ends[2] = {each * blockIdx.x + quotient_of(over * blockIdx.x, blocks), each * (blockIdx.x + 1) + quotient_of(over * (blockIdx.x + 1), blocks)};
   Share share{min(blockIdx.x, items), min(blockIdx.x + 1, items), 0, 0};
   if (items > blocks) share = {items, items, 0, 0};
   for (int32_t first = 0; first < matrices; first += 32) {
     const int32_t matrix = first + lane;
-    const Cuts cuts(matrix < matrices ? rows_of(matrix) : 0, best);
+    const Cuts cuts(matrix < matrices ? rows_of(matrix) : 0, best_cut);
     const uint32_t own_items = cuts.count * p.tiles, own_length = Length::of(p.steps, cuts) * p.tiles;
     const uint32_t item_sum = item_before + sum_to_lane(own_items), length_sum = length_before + sum_to_lane(own_length);
     if (!p.direct && matrix < matrices) table.before[matrix] = item_sum - own_items;
@@ -222,14 +258,14 @@ __device__ __forceinline__ void deal(const Problem &p, int32_t most, Table &tabl
         uint32_t item = 0;
         int32_t step = 0;
         if (here) {
-          uint32_t left = static_cast<uint32_t>(ends[end]) - (length_sum - own_length);
+          uint32_t left = ends[end] - (length_sum - own_length);
           const uint32_t row_tile_length = p.tiles * Length::of(p.steps, cuts.blocks);
-          const int32_t row_tile = min(static_cast<int32_t>(left / row_tile_length), cuts.count - 1), tile_blocks = row_tile + 1 == cuts.count ? cuts.rest : cuts.blocks;
+          const int32_t row_tile = min(static_cast<int32_t>(quotient_of(left, row_tile_length)), cuts.count - 1), tile_blocks = row_tile + 1 == cuts.count ? cuts.rest : cuts.blocks;
           left -= row_tile * row_tile_length;
-          const uint32_t item_length = Length::of(p.steps, tile_blocks), tile = left / item_length;
+          const uint32_t item_length = Length::of(p.steps, tile_blocks), tile = quotient_of(left, item_length);
           left -= tile * item_length;
           item = item_sum - own_items + row_tile * p.tiles + tile;
-          step = static_cast<int32_t>(left / Length::step(tile_blocks)) / 2 * 2;
+          step = static_cast<int32_t>(quotient_of(left, Length::step(tile_blocks))) / 2 * 2;
           const bool most = p.steps < Length::least_cut ? 2 * left >= item_length : step > p.steps - Length::least_steps;
           if (most) ++item;
           if (most || p.steps < Length::least_cut || step < Length::least_steps) step = 0;
@@ -242,7 +278,7 @@ __device__ __forceinline__ void deal(const Problem &p, int32_t most, Table &tabl
       }
     item_before = __shfl_sync(0xFFFFFFFFu, item_sum, 31), length_before = __shfl_sync(0xFFFFFFFFu, length_sum, 31);
   }
-  if (lane == 0) table.rows = rows, table.blocks = best, table.share = share, table.ring = RingSize::of(largest, O::step_scales, Weights);
+  if (lane == 0) table.rows = rows, table.blocks = best_cut, table.share = share, table.ring = RingSize::of(best.largest, O::step_scales, Weights);
 }
 
 /// Items of a block. Those of its share, where tiles are dealt: in order of matrices, tiles of rows, blocks of columns. Else every so many, in order
@@ -299,7 +335,8 @@ class Items {
     const Group g = p.direct ? Group{0, table.rows} : table.groups[matrix];
     const Cuts cuts(g.count, table.blocks);
     const int32_t local = static_cast<int32_t>(index) - (p.direct ? 0 : table.before[matrix]), most = cuts.blocks * block_rows;
-    Item own = item_of(matrix, local % p.tiles, g, local / p.tiles * most, most, cuts.count == 1);
+    const int32_t row_tile = quotient_of(local, p.tiles);
+    Item own = item_of(matrix, local - row_tile * p.tiles, g, row_tile * most, most, cuts.count == 1);
     own.first = from, own.last = to, own.resumes = from > 0, own.leaves = to < p.steps;
     return own;
   }
@@ -349,16 +386,6 @@ __device__ __forceinline__ void quantise_four(const Four<float> &values, float l
   }
   write_four<Whole>(codes, count, four);
   if (first) *scale = divisor;
-}
-
-/// A value of another lane.
-template <class T>
-__device__ __forceinline__ T from_lane(const T &own, int lane) {
-  static_assert(sizeof(T) % 4 == 0);
-  struct Words { uint32_t at[sizeof(T) / 4]; } words = reinterpret_cast<const Words &>(own);
-#pragma unroll
-  for (uint32_t &word : words.at) word = __shfl_sync(0xFFFFFFFFu, word, lane);
-  return reinterpret_cast<const T &>(words);
 }
 
 /// What a thread of the multiplying warpgroups knows.
@@ -600,7 +627,7 @@ struct Multiplier {
     constexpr int staged = staged_rows / weights, parts = 8 / staged, own = halves ? staged / 2 : staged, held = 2 * row_sets<Blocks> * parts * own;
     static_assert(held <= 32);
     const Columns columns = columns_of(item);
-    const int warp = thread / 32, lane = thread % 32, first_own = halves ? half * own : 0;
+    const int warp = thread / 32, lane = thread % 32, first_own = halves ? half * own : 0; // lanes from `held` on have no row
     Sum *const stage = reinterpret_cast<Sum *>(staging) + (halves ? warp : half * 4 + warp) * staged_rows * staged_stride;
     const auto meet_rows = [&] {
       if constexpr (halves) meet(6 + warp, 64);
@@ -610,49 +637,56 @@ struct Multiplier {
     const int32_t looked_up = row_of_eight(lane / own / parts) + lane / own % parts * staged + first_own + lane % own;
     const int32_t target = lane < held && looked_up < item.end ? target_of(looked_up) : -1;
     const Row row = row_of(target);
-#pragma unroll 1
-    for (int eight = 0; eight < 2 * row_sets<Blocks>; ++eight) {
-#pragma unroll 1
-      for (int part = 0; part < parts; ++part) {
-        const int32_t first_row = row_of_eight(eight) + part * staged;
-        if (first_row >= item.end) break; // all of the warps that meet
-        const int first_held = (eight * parts + part) * own;
-        int32_t of[own];
-        Row rows[own];
-        Beside read[own];
+    struct Ahead {
+      int32_t of[own];
+      Row rows[own];
+      Beside read[own];
+    };
+    const auto look_ahead = [&](int number) {
+      Ahead ahead;
 #pragma unroll
-        for (int e = 0; e < own; ++e) {
-          of[e] = __shfl_sync(0xFFFFFFFFu, target, first_held + e);
-          rows[e] = from_lane(row, first_held + e);
-        }
-#pragma unroll
-        for (int e = 0; e < own; ++e) read[e] = beside(columns, of[e], rows[e], 4 * lane);
-        const bool mine = lane / 4 / staged == part;
-#pragma unroll
-        for (int r = 0; r < row_sets<Blocks>; ++r)
-#pragma unroll
-          for (int i = 0; i < 2; ++i)
-            if (eight == 2 * r + i) {
-#pragma unroll
-              for (int n = 0; n < weights; ++n) {
-                const auto &set = sums[r * weights + n];
-                Sum *const to = stage + (lane / 4 % staged * weights + n) * staged_stride + first_column<Blocks>() + lane % 4 * 2;
-#pragma unroll
-                for (int j = 0; j < width<Blocks> / 8; ++j)
-                  if (mine) *reinterpret_cast<Two *>(to + 8 * j) = {set[4 * j + 2 * i], set[4 * j + 2 * i + 1]};
-              }
-            }
-        meet_rows();
-#pragma unroll
-        for (int e = 0; e < own; ++e) {
-          Fours fours;
-#pragma unroll
-          for (int n = 0; n < weights; ++n) fours.of[n] = *reinterpret_cast<const Four<Sum> *>(stage + ((first_own + e) * weights + n) * staged_stride + 4 * lane);
-          if constexpr (Finish::quantises) quantise(item, columns, first_row + first_own + e, of[e], rows[e], 4 * lane, fours, read[e]);
-          else finish_four(item, columns, first_row + first_own + e, of[e], rows[e], 4 * lane, fours, read[e]);
-        }
-        meet_rows(); // before others take their place
+      for (int e = 0; e < own; ++e) {
+        ahead.of[e] = __shfl_sync(0xFFFFFFFFu, target, number * own + e);
+        ahead.rows[e] = from_lane(row, number * own + e);
       }
+#pragma unroll
+      for (int e = 0; e < own; ++e) ahead.read[e] = beside(columns, ahead.of[e], ahead.rows[e], 4 * lane);
+      return ahead;
+    };
+    Ahead next = look_ahead(0);
+#pragma unroll 1
+    for (int number = 0; number < 2 * row_sets<Blocks> * parts; ++number) {
+      const int eight = number / parts, part = number % parts;
+      const int32_t first_row = row_of_eight(eight) + part * staged;
+      if (first_row >= item.end) break; // all of the warps that meet
+      const Ahead now = next;
+      if constexpr (Finish::gathers) next = look_ahead(number + 1); // of no rows after the last; what is read is on its way meanwhile
+      const bool mine = lane / 4 / staged == part;
+#pragma unroll
+      for (int r = 0; r < row_sets<Blocks>; ++r)
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+          if (eight == 2 * r + i) {
+#pragma unroll
+            for (int n = 0; n < weights; ++n) {
+              const auto &set = sums[r * weights + n];
+              Sum *const to = stage + (lane / 4 % staged * weights + n) * staged_stride + first_column<Blocks>() + lane % 4 * 2;
+#pragma unroll
+              for (int j = 0; j < width<Blocks> / 8; ++j)
+                if (mine) *reinterpret_cast<Two *>(to + 8 * j) = {set[4 * j + 2 * i], set[4 * j + 2 * i + 1]};
+            }
+          }
+      meet_rows();
+#pragma unroll
+      for (int e = 0; e < own; ++e) {
+        Fours fours;
+#pragma unroll
+        for (int n = 0; n < weights; ++n) fours.of[n] = *reinterpret_cast<const Four<Sum> *>(stage + ((first_own + e) * weights + n) * staged_stride + 4 * lane);
+        if constexpr (Finish::quantises) quantise(item, columns, first_row + first_own + e, now.of[e], now.rows[e], 4 * lane, fours, now.read[e]);
+        else finish_four(item, columns, first_row + first_own + e, now.of[e], now.rows[e], 4 * lane, fours, now.read[e]);
+      }
+      if constexpr (!Finish::gathers) next = look_ahead(number + 1);
+      meet_rows(); // before others take their place
     }
   }
   /// Four columns of a row, of which the warp has the block's.
@@ -814,7 +848,7 @@ __device__ __forceinline__ int cut_boxes(const Problem &p, const Table &table, c
 template <class O, class Finish>
 __global__ void __launch_bounds__(contract_threads, 1) contract_kernel(const __grid_constant__ Problem p, const __grid_constant__ Finish finish) {
   extern __shared__ uint8_t shared_memory[];
-  constexpr int weights = Finish::pairs ? 2 : 1; // of a tile
+  constexpr int weights = Finish::pairs ? 2 : 1, most = most_of<Finish>; // of a tile
   __shared__ Barrier full[most_stages], empty[most_stages];
   __shared__ Table table;
   uint8_t *const ring = shared_memory + (1024 - shared_address(shared_memory) % 1024) % 1024;
@@ -975,8 +1009,8 @@ __global__ void __launch_bounds__(contract_threads, 1) contract_kernel(const __g
     while (items.next()) {
       const int32_t blocks = items.item().blocks;
       if (blocks == 1) multiplier.template item<1>(items, part);
-      else if (weights > 1 || blocks == 2) multiplier.template item<2>(items, part);
-      else if constexpr (weights == 1) {
+      else if (most == 2 || blocks == 2) multiplier.template item<2>(items, part);
+      else if constexpr (most > 2) {
         if (blocks == 3) multiplier.template item<3>(items, part);
         else multiplier.template item<4>(items, part);
       }
@@ -1027,11 +1061,10 @@ cudaError_t configure(Kernel *kernel, const Call &c, const Cut &cut, cudaLaunchC
 /// what precedes the first; at least as long as memory brings the weights; then exchanges of sums. `length`: rows of each of `groups` segments. Tiles
 /// are dealt out where there are more than blocks, and where those of segments are fewer when they are cut together.
 template <class Kernel>
-cudaError_t choose_cut(Kernel *kernel, const Call &c, int32_t tiles, int32_t groups, int64_t length, int32_t steps, int weights, uint32_t most_parts, Cut &best) {
+cudaError_t choose_cut(Kernel *kernel, const Call &c, int32_t tiles, int32_t groups, int64_t length, int32_t steps, int weights, int32_t most, uint32_t most_parts, Cut &best) {
   constexpr uint64_t step_time[most_blocks] = {330, 490, 670, 830}, before = 3000, end_time = 800, exchange = 2000, exchange_each = 700, dealing = 1000;
   constexpr uint64_t bytes_a_time = 3000;
   const uint64_t memory = uint64_t{static_cast<uint32_t>(tiles)} * weights * steps * tile_bytes / bytes_a_time;
-  const int32_t most = most_blocks / weights;
   const uint32_t processors = c.processors;
   const auto item_time = [&](uint32_t blocks, uint32_t of_steps) { return of_steps * step_time[weights * blocks - 1] + end_time * weights * blocks; };
   uint64_t least = UINT64_MAX;
@@ -1108,10 +1141,10 @@ cudaError_t contract(const Call &c, int64_t inner, const Rows &rows, const Choic
     if (const cudaError_t e = map_of(given.w, line_bytes, line_bytes, choice.experts * weight.tiles * steps * tile_columns, tile_columns, false, weight.lines)) return e;
   }
   problem.groups = direct ? static_cast<int32_t>(rows.segments) : choice.experts;
-  Cut cut{most_blocks / weights_of_tile, 1, static_cast<uint32_t>(problem.tiles * places), true};
+  Cut cut{most_of<Finish>, 1, static_cast<uint32_t>(problem.tiles * places), true};
   if (direct) {
     const uint32_t most_parts = Finish::quantises || Finish::pairs ? 1 : 8;
-    if (const cudaError_t e = choose_cut(kernel, c, problem.tiles, problem.groups, rows.distance(), static_cast<int32_t>(steps), weights_of_tile, most_parts, cut)) return e;
+    if (const cudaError_t e = choose_cut(kernel, c, problem.tiles, problem.groups, rows.distance(), static_cast<int32_t>(steps), weights_of_tile, most_of<Finish>, most_parts, cut)) return e;
     problem.heads = rows.per_token ? rows.heads : nullptr;
     problem.heads_rows = static_cast<int32_t>(rows.count);
     problem.distance = static_cast<int32_t>(rows.distance());

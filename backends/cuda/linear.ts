@@ -9,7 +9,7 @@ import type { Dim } from "../../ir/dim.ts";
 import type { Op, Value } from "../../ir/graph.ts";
 import { type DType, dtypeBytes, type TensorType, typeText } from "../../ir/type.ts";
 import type { ContextValue, KernelPlan, KernelTemplate, Target } from "../backend.ts";
-import { elementStatements, loadElement, rowsOf, storeElement, tokenSymbol } from "../c_family.ts";
+import { type Dialect, elementStatements, loadElement, rowsOf, storeElement, tokenSymbol } from "../c_family.ts";
 import {
   aboutContraction,
   type Contraction,
@@ -38,6 +38,9 @@ interface Epilogue {
   readonly scales: number;
 }
 
+/** Divisions do not wait for the few whose divisors are very large or small. */
+const epilogueDialect: Dialect = { ...dialect, binary: { ...dialect.binary, div: "divided($0, $1)" } };
+
 /** `number`: of the contraction in the op; `results`: of the whole op. */
 const epilogueOf = (
   number: number,
@@ -65,7 +68,7 @@ const epilogueOf = (
     const end = count === undefined ? "INT32_MAX" : String(first + count);
     return { number: i, y, ids, weights, choices, first, end, columns, whole: columns % 4 === 0 };
   });
-  const { lines, spell } = elementStatements(dialect, work.rest, (v) => {
+  const { lines, spell } = elementStatements(epilogueDialect, work.rest, (v) => {
     const summed = sums.findIndex((sum) => sum.name === v.name);
     if (summed >= 0) return sumName(summed);
     const combined = work.combines.findIndex((o) => o.outputs[0]?.name === v.name);
@@ -268,6 +271,7 @@ const match =
         })),
         combines: epilogues.flatMap((e) => (e as Epilogue).combines),
         pairs,
+        gathers: parts.some((part) => part.combines.length > 0),
         quantises,
         scaled,
         xs: scaled ? "xs" : "nullptr",
