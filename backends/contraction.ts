@@ -30,6 +30,8 @@ export interface Quantised {
 /** An op seen as a contraction and what follows it: a body whose inputs are the op's inputs. */
 export interface Contraction {
   readonly contraction: Op;
+  /** a second one, whose result meets that of the first */
+  readonly partner: Op | undefined;
   /** elementwise */
   readonly rest: readonly Op[];
   /** sums over experts' results, all of them inputs, that elementwise ops use */
@@ -54,17 +56,18 @@ const quantisedOf = (body: Graph): Quantised | undefined => {
   return undefined;
 };
 
+/** An op seen as one contraction and what follows it; undefined where it is none, or several. */
 export const contractionOf = (op: Op): Contraction | undefined => {
-  const contractions = contractionsOf(op);
-  return contractions?.length === 1 ? contractions[0] : undefined;
+  const [only, ...others] = contractionsOf(op) ?? [];
+  return others.length === 0 && only?.partner === undefined ? only : undefined;
 };
 
 /**
- * An op seen as contractions, each with what follows it; undefined where a result is of none of them or of more than one, and where several have
- * something other than elementwise ops behind them.
+ * An op seen as contractions, each with what follows it, or as one whose result meets a partner's in every result. Undefined where a result is of
+ * none of them, and where several have something other than elementwise ops behind them.
  */
 export const contractionsOf = (op: Op): readonly Contraction[] | undefined => {
-  const alone = { rest: [], combines: [], quantised: undefined };
+  const alone = { partner: undefined, rest: [], combines: [], quantised: undefined };
   if (op.kind in operandNames) return [{ contraction: op, ...alone, inputs: op.inputs, outputs: op.outputs }];
   const { body } = op;
   if (op.kind !== "fused" || body === undefined) return undefined;
@@ -90,13 +93,28 @@ export const contractionsOf = (op: Op): readonly Contraction[] | undefined => {
   const needs = new Map(body.outputs.map((v) => [v, opsOf(isQuantised(v) && found ? found.from : v)]));
   const used = new Set([...needs.values()].flatMap((ops) => [...ops]));
   if (![...used].every((o) => elementwise(o) || contracts(o) || combines(o))) return undefined;
-  if ([...needs.values()].some((ops) => [...ops].filter(contracts).length !== 1)) return undefined;
+  const [first, second, ...more] = body.ops.filter(contracts);
+  const met = [...needs.values()].map((ops) => [...ops].filter(contracts).length);
+  if (first !== undefined && second !== undefined && more.length === 0 && met.every((n) => n === 2))
+    return [
+      {
+        contraction: first,
+        partner: second,
+        rest: body.ops.filter((o) => used.has(o) && elementwise(o)),
+        combines: body.ops.filter((o) => used.has(o) && combines(o)),
+        quantised: found,
+        inputs: body.inputs,
+        outputs: body.outputs,
+      },
+    ];
+  if (met.some((n) => n !== 1)) return undefined;
   const contractions = body.ops.filter(contracts).map((contraction): Contraction => {
     const outputs = body.outputs.filter((v) => needs.get(v)?.has(contraction));
     const ops = body.ops.filter((o) => outputs.some((v) => needs.get(v)?.has(o)));
     const quantised = outputs.some(isQuantised) ? found : undefined;
     return {
       contraction,
+      partner: undefined,
       rest: ops.filter(elementwise),
       combines: ops.filter(combines),
       quantised,
@@ -172,10 +190,11 @@ export const fitsResult = (work: Contraction, rows: Dim, columns: number, target
   const { quantised } = work;
   const results = work.outputs.filter((v) => v.name !== quantised?.codes.name && v.name !== quantised?.scales.name);
   const ends = quantised === undefined ? results : [...results, quantised.from];
-  const values = [...work.rest.flatMap((o) => [...o.inputs, ...o.outputs]), ...ends];
+  const sums = work.partner?.outputs ?? [];
+  const values = [...work.rest.flatMap((o) => [...o.inputs, ...o.outputs]), ...sums, ...ends];
   const misfit = values.find((v) => placeOf(v, rows, columns) === undefined);
   if (misfit) target.decline(`${typeText(misfit.type)} does not lie along the contraction's result`);
-  else if (ends.every((v) => placeOf(v, rows, columns) === "at")) return true;
+  else if ([...sums, ...ends].every((v) => placeOf(v, rows, columns) === "at")) return true;
   else target.decline("an epilogue has results of the shape of the contraction's");
   return false;
 };
@@ -185,5 +204,6 @@ export const aboutContraction = (work: Contraction, x: Value, w: Value): string 
   const kinds = [...new Set([...work.combines, ...work.rest].map((o) => o.kind))].filter((k) => k !== "const");
   if (work.quantised !== undefined) kinds.push("quantise");
   const results = work.outputs.map((v) => typeText(v.type)).join(", ");
-  return `${work.contraction.kind} ${typeText(x.type)} x ${typeText(w.type)} -> ${results}${kinds.length > 0 ? `, then ${kinds.join(", ")}` : ""}`;
+  const times = work.partner === undefined ? "x" : "x 2";
+  return `${work.contraction.kind} ${typeText(x.type)} ${times} ${typeText(w.type)} -> ${results}${kinds.length > 0 ? `, then ${kinds.join(", ")}` : ""}`;
 };

@@ -60,6 +60,18 @@ __host__ __device__ constexpr A ceil_div(A a, B b) {
   return (a + static_cast<A>(b) - 1) / static_cast<A>(b);
 }
 
+/// x / y, of floats within 2 ulp and at the same pace whatever they are.
+template <class A, class B>
+__device__ __forceinline__ auto divided(A x, B y) {
+  if constexpr (std::is_same_v<A, float> && std::is_same_v<B, float>) {
+    float quotient;
+    asm("div.full.f32 %0, %1, %2;" : "=f"(quotient) : "f"(x), "f"(y));
+    return quotient;
+  } else {
+    return x / y;
+  }
+}
+
 /// Four neighbouring elements, moved as one where they lie at a multiple of four.
 template <class T>
 struct alignas(4 * sizeof(T)) Four {
@@ -91,21 +103,24 @@ __device__ __forceinline__ void write_four(T *p, int count, const Four<T> &v) {
   }
 }
 
-/// The pairs of a token whose experts are first .. end - 1, and their weights; -1 and 0 for others.
+/// Which of a token's pairs have experts first .. end - 1, and their weights; 0 for others.
 template <int Choices>
 struct ChosenPairs {
-  int64_t pairs[Choices];
+  static_assert(Choices <= 32);
+  int32_t row;
+  uint32_t owned; // a bit for each
   float weights[Choices];
 
   __device__ __forceinline__ ChosenPairs() {}
-  __device__ __forceinline__ ChosenPairs(const int32_t *ids, const float *of, int32_t first, int32_t end, int64_t row) {
+  __device__ __forceinline__ ChosenPairs(const int32_t *ids, const float *of, int32_t first, int32_t end, int32_t token) : row(token), owned(0) {
 #pragma unroll
     for (int j = 0; j < Choices; ++j) {
-      const int64_t pair = row * Choices + j;
+      const int64_t pair = int64_t{row} * Choices + j;
       const int32_t expert = ids[pair];
-      const bool owned = expert >= first && expert < end;
-      pairs[j] = owned ? pair : -1;
-      weights[j] = owned ? of[pair] : 0;
+      const float weight = of[pair]; // of all, so that it need not wait for ids
+      const bool own = expert >= first && expert < end;
+      if (own) owned |= 1u << j;
+      weights[j] = own ? weight : 0;
     }
   }
 };
@@ -119,7 +134,7 @@ struct PairColumns {
 #pragma unroll
     for (int j = 0; j < Choices; ++j) {
       fours[j] = {};
-      if (chosen.pairs[j] >= 0) fours[j] = read_four<Whole>(y + chosen.pairs[j] * columns + column, count);
+      if (chosen.owned >> j & 1) fours[j] = read_four<Whole>(y + (int64_t{chosen.row} * Choices + j) * columns + column, count);
     }
   }
   __device__ __forceinline__ Four<float> sum(const ChosenPairs<Choices> &chosen) const {

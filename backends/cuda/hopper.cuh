@@ -99,6 +99,16 @@ __device__ __forceinline__ void copy_16(void *to, const void *from, bool there) 
 /// Makes what this thread wrote to shared memory by ordinary stores visible to copies and warpgroup products.
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// --- memory of the device that blocks share ---------------------------------------------------------------------------------------
+
+/// Who loads `value` by load_acquire sees what this thread, and those that it has met, wrote before.
+__device__ __forceinline__ void store_release(uint32_t *to, uint32_t value) { asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(value) : "memory"); }
+__device__ __forceinline__ uint32_t load_acquire(const uint32_t *from) {
+  uint32_t value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
+  return value;
+}
+
 // --- clusters -------------------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ uint32_t block_of_cluster() {

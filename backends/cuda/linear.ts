@@ -1,7 +1,7 @@
 /**
  * Contractions of activations with weights: linear, scaled_linear and their grouped forms, alone or in a `fused` whose other ops are elementwise:
- * one, which may use what experts gave (`combine`) and may have its result quantised in groups of columns, or several of the same rows whose results
- * do not meet. Here sizes, layouts and the epilogue are worked out, and which of the kernels does it: contract_hopper.cuh or contract_ampere.cuh
+ * one, which may use what experts gave (`combine`) and may have its result quantised in groups of columns, two of the same rows and sizes whose
+ * results meet, with the same behind them, or several of the same rows whose results do not meet. Here sizes, layouts and the epilogue are worked out, and which of the kernels does it: contract_hopper.cuh or contract_ampere.cuh
  * where the matrix units have the types and the product is large enough to fill some of them, contract.cuh otherwise. Only the first takes several
  * contractions and quantises.
  */
@@ -9,7 +9,7 @@ import type { Dim } from "../../ir/dim.ts";
 import type { Op, Value } from "../../ir/graph.ts";
 import { type DType, dtypeBytes, type TensorType, typeText } from "../../ir/type.ts";
 import type { ContextValue, KernelPlan, KernelTemplate, Target } from "../backend.ts";
-import { elementStatements, loadElement, rowsOf, storeElement, tokenSymbol } from "../c_family.ts";
+import { type Dialect, elementStatements, loadElement, rowsOf, storeElement, tokenSymbol } from "../c_family.ts";
 import {
   aboutContraction,
   type Contraction,
@@ -38,6 +38,9 @@ interface Epilogue {
   readonly scales: number;
 }
 
+/** Divisions do not wait for the few whose divisors are very large or small. */
+const epilogueDialect: Dialect = { ...dialect, binary: { ...dialect.binary, div: "divided($0, $1)" } };
+
 /** `number`: of the contraction in the op; `results`: of the whole op. */
 const epilogueOf = (
   number: number,
@@ -47,7 +50,8 @@ const epilogueOf = (
   columns: number,
   target: Target,
 ): Epilogue | undefined => {
-  const sum = work.contraction.outputs[0] as Value;
+  const sums = [work.contraction, ...(work.partner ? [work.partner] : [])].map((o) => o.outputs[0] as Value);
+  const sumName = (n: number): string => (work.partner === undefined ? "sum" : `sum${n}`);
   const { quantised } = work;
   if (!fitsResult(work, rows, columns, target)) return undefined;
   const read = new Set<number>();
@@ -64,8 +68,9 @@ const epilogueOf = (
     const end = count === undefined ? "INT32_MAX" : String(first + count);
     return { number: i, y, ids, weights, choices, first, end, columns, whole: columns % 4 === 0 };
   });
-  const { lines, spell } = elementStatements(dialect, work.rest, (v) => {
-    if (v.name === sum.name) return "sum";
+  const { lines, spell } = elementStatements(epilogueDialect, work.rest, (v) => {
+    const summed = sums.findIndex((sum) => sum.name === v.name);
+    if (summed >= 0) return sumName(summed);
     const combined = work.combines.findIndex((o) => o.outputs[0]?.name === v.name);
     if (combined >= 0) return `combined${combined}[i]`;
     const index = indexOf(v);
@@ -88,7 +93,10 @@ const epilogueOf = (
       .map(({ index, value }) => ({ index, type: storage[dtypeOf(value)], place: placeOf(value, rows, columns) as string }))
       .filter(({ place }) => place === "at" || place === "column"),
     lines: [
-      `const float sum = ${dtypeOf(sum) === "f32" ? "sums[i]" : `round_${dtypeOf(sum)}(sums[i])`};`,
+      ...sums.map((sum, n) => {
+        const own = work.partner === undefined ? "sums[i]" : `sums[${n}][i]`;
+        return `const float ${sumName(n)} = ${dtypeOf(sum) === "f32" ? own : `round_${dtypeOf(sum)}(${own})`};`;
+      }),
       ...lines,
       ...written.map(({ v, index }) => storeElement(dialect, dtypeOf(v), `result${index}`, "i", spell(v))),
       ...(quantised === undefined ? [] : [`wanted[i] = ${spell(quantised.from)};`]),
@@ -114,10 +122,12 @@ const mostMatrices = 384;
 const mostPackedBytes = 96 << 20;
 /** Weights of one launch: the arguments of a kernel have room for their maps. */
 const mostWeights = 4;
-/** Rows from which on results of dense contractions are quantised as they are made. */
+/** Rows from which on results of dense contractions are quantised as they are made, or made of two contractions. */
 const leastQuantisedRows = 128;
 /** Bytes of the sums that blocks leave which share k on Ampere: most_sharing of 128 rows and columns. */
 const sharedSums = 264 * 128 * 128 * 4;
+/** Bytes of the sums that blocks leave for others to go on with on Hopper: most_dealt of them, 256 rows and 128 columns each. */
+const dealtSums = 144 * 256 * 128 * 4;
 /** Attention ranks whose rows one launch of the other side may have. */
 const mostSegments = 32;
 
@@ -135,11 +145,16 @@ const scratchOf = (
   return { window, bytes: packed * (128 * lines + 4 * scales + 4) + roundUp(window, 32) * 4 + (matrices + 1) * 8 };
 };
 
+/** Contractions of a launch, partners too. */
+const multipliedOf = (parts: readonly Contraction[]): readonly Contraction[] =>
+  parts.flatMap((work) => [work, ...(work.partner === undefined ? [] : [{ ...work, contraction: work.partner }])]);
+
 /** Why contractions cannot share a launch; undefined when they can. */
 const differenceOf = (parts: readonly Contraction[]): string | undefined => {
-  const [first, ...others] = parts.map((work) => ({ op: work.contraction, operands: operandsOf(work) }));
-  if (first === undefined || parts.length > mostWeights) return `${parts.length} contractions`;
-  const about = (op: Op): string => JSON.stringify([op.kind, op.attrs.block ?? 0, op.attrs.first ?? 0]);
+  const multiplied = multipliedOf(parts);
+  const [first, ...others] = multiplied.map((work) => ({ op: work.contraction, operands: operandsOf(work) }));
+  if (first === undefined || multiplied.length > mostWeights) return `${multiplied.length} contractions`;
+  const about = (op: Op): string => JSON.stringify([op.kind, op.attrs.block ?? 0, op.attrs.first ?? 0, op.attrs.owned ?? false]);
   for (const { op, operands } of others) {
     if (about(op) !== about(first.op)) return "contractions of different kinds";
     const rows = operands.names.filter((name) => name !== "w" && name !== "ws");
@@ -161,7 +176,8 @@ const match =
     if (difference !== undefined) return target.decline(difference);
     const { contraction } = work;
     const { names, operand, indexOf, x, w, scaled, rows, inner, matrices, choices, rowPerToken } = operandsOf(work);
-    const all = parts.map(operandsOf);
+    const all = multipliedOf(parts).map(operandsOf);
+    const pairs = work.partner !== undefined;
 
     const strange = all.find(({ result }) => dtypeOf(result) === "f64")?.result;
     if (["f64", "i32", "u32", "i64", "u64"].includes(dtypeOf(w)) || strange)
@@ -182,7 +198,7 @@ const match =
     const elements = all.reduce((sum, { columns }) => sum + columns * inner, 0);
     const unit = packable && elements >= leastProduct ? unitOf(dtypeOf(w), block, inner) : undefined;
     const family = target.arch === "sm_90a" ? "hopper" : "ampere";
-    if (parts.length > 1 && (unit === undefined || family !== "hopper"))
+    if (all.length > 1 && (unit === undefined || family !== "hopper"))
       return target.decline("contractions are joined where Hopper's units do them");
 
     const zeros = grouped && contraction.attrs.owned !== true;
@@ -195,9 +211,9 @@ const match =
     const most = target.symbols.find((s) => s.name === tokenSymbol)?.max ?? 1;
     const perSegment = counted.perToken ? most * counted.count : counted.count;
     const places = counted.perToken && op.place?.startsWith("ffn") ? mostSegments * perSegment : perSegment;
-    // who quantises has a group's columns, so k is not divided: there must be enough rows
-    if (quantises && !grouped && perSegment < leastQuantisedRows)
-      return target.decline(`quantised results of ${perSegment} rows, fewer than ${leastQuantisedRows}`);
+    // who quantises has a group's columns, who has two sums has all of both: k is not divided, so there must be enough rows
+    if ((quantises || pairs) && !grouped && perSegment < leastQuantisedRows)
+      return target.decline(`${pairs ? "two contractions" : "quantised results"} of ${perSegment} rows, fewer than ${leastQuantisedRows}`);
     const lines = linesOf(inner, dtypeOf(w));
     const { window, bytes } = scratchOf(places, matrices, lines, unit === "E4m3" ? lines : unit === "Int8" ? 1 : 0);
 
@@ -244,17 +260,18 @@ const match =
         block: block?.[0] ?? all[0]?.columns ?? 0,
         operands,
         fields,
-        weights: all.map(({ columns }, i) => ({
+        given: all.map(({ columns }, i) => ({ columns, w: `w${i}`, ws: scaled ? `ws${i}` : "nullptr" })),
+        weights: parts.map(operandsOf).map(({ columns }, i) => ({
           number: i,
           columns,
           whole: columns % 4 === 0,
-          w: `w${i}`,
-          ws: scaled ? `ws${i}` : "nullptr",
           groups: Math.ceil(columns / quantisedColumns),
           quantisedColumns,
           ...(epilogues[i] as Epilogue),
         })),
         combines: epilogues.flatMap((e) => (e as Epilogue).combines),
+        pairs,
+        gathers: parts.some((part) => part.combines.length > 0),
         quantises,
         scaled,
         xs: scaled ? "xs" : "nullptr",
@@ -268,7 +285,7 @@ const match =
         rowPerToken,
         zeros,
       },
-      scratch: packed ? (gathered ? bytes : 0) + (family === "ampere" && !grouped ? sharedSums : 0) : 0,
+      scratch: packed ? (gathered ? bytes : 0) + (family === "hopper" ? dealtSums : grouped ? 0 : sharedSums) : 0,
       layouts: packed ? Object.fromEntries(all.map((o) => [o.indexOf("w"), tiles])) : {},
       about,
       ...(unit === "E4m3" && family === "hopper" ? { inexact: codeSums } : {}),

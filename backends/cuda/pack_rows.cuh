@@ -124,7 +124,7 @@ constexpr int pack_threads = 512, pack_listed = 256, ids_at_once = 12;
 /// go: in ascending order within each matrix. Rows that meet none are counted where they get zeros.
 template <bool Aligned>
 __global__ void __launch_bounds__(pack_threads) pack_chosen(Packing from, Rows rows, Choice choice, Packed to) {
-  __shared__ int32_t total[most_matrices + 1], next[most_matrices + 1];
+  __shared__ int32_t total[most_matrices + 1], next[most_matrices + 1], sizes[most_matrices]; // of matrices, and of segments
   __shared__ int32_t packed[pack_listed], source[pack_listed];
   __shared__ uint32_t listed;
   let_successor_start();
@@ -135,24 +135,33 @@ __global__ void __launch_bounds__(pack_threads) pack_chosen(Packing from, Rows r
   const int64_t share = ceil_div(end - from.first, static_cast<int64_t>(gridDim.x)), begin = from.first + blockIdx.x * share;
   const int64_t share_end = begin + share < end ? begin + share : end;
   for (int i = threadIdx.x; i <= none; i += pack_threads) total[i] = next[i] = 0;
-  __syncthreads();
-  /// of the row at a place that has this id
-  const auto matrix_of = [&](int64_t at, int32_t id) {
+  for (uint32_t i = threadIdx.x; i < rows.segments; i += pack_threads) sizes[i] = static_cast<int32_t>(rows.size(i));
+  /// of a row that has this id, if it is there
+  const auto matrix_of = [&](bool there, int32_t id) {
     const int64_t expert = int64_t{id} - choice.first;
     const bool owned = expert >= 0 && expert < choice.experts;
-    if (at >= end || !(owned || choice.zeros) || !rows.has(at)) return -1;
+    if (!there || !(owned || choice.zeros)) return -1;
     return owned ? static_cast<int32_t>(expert) : none;
   };
-  for (int64_t base = from.first + threadIdx.x; base - threadIdx.x < end; base += ids_at_once * pack_threads) {
+  const uint32_t distance = static_cast<uint32_t>(rows.distance()), first = static_cast<uint32_t>(from.first) + threadIdx.x;
+  const uint32_t segments_on = pack_threads / distance, rows_on = pack_threads % distance; // from one of a thread's rows to the next
+  uint32_t segment = first / distance, row_of_segment = first % distance;
+  for (int64_t base = first; base - threadIdx.x < end; base += ids_at_once * pack_threads) {
     int32_t ids[ids_at_once];
 #pragma unroll
     for (int n = 0; n < ids_at_once; ++n) ids[n] = base + n * pack_threads < end ? choice.ids[base + n * pack_threads] : choice.first - 1;
+    if (base == first) __syncthreads(); // sizes are there, and counts are none
 #pragma unroll
     for (int n = 0; n < ids_at_once; ++n) {
       const int64_t at = base + n * pack_threads;
-      const int32_t matrix = matrix_of(at, ids[n]), before = at < begin ? 1 : 0;
-      if (__ballot_sync(0xFFFFFFFFu, matrix >= 0) == 0) continue;
-      const uint32_t alike = __match_any_sync(0xFFFFFFFFu, matrix * 2 + before);
+      const int32_t matrix = matrix_of(at < end && row_of_segment < sizes[segment], ids[n]), before = at < begin ? 1 : 0;
+      segment += segments_on, row_of_segment += rows_on;
+      if (row_of_segment >= distance) row_of_segment -= distance, ++segment;
+      const uint32_t some = __ballot_sync(0xFFFFFFFFu, matrix >= 0);
+      if (some == 0) continue;
+      // where many lanes have the same they would wait for each other
+      const bool many = __popc(some) > 8;
+      const uint32_t alike = many ? __match_any_sync(0xFFFFFFFFu, matrix * 2 + before) : 1u << lane;
       if (matrix >= 0 && __ffs(alike) - 1 == lane) {
         atomicAdd(&total[matrix], __popc(alike));
         if (before != 0) atomicAdd(&next[matrix], __popc(alike));
@@ -182,8 +191,8 @@ __global__ void __launch_bounds__(pack_threads) pack_chosen(Packing from, Rows r
     if (threadIdx.x < 32) {
       int owned = 0;
       for (int first = 0; first < pack_listed && list + first < share_end; first += 32) {
-        const int64_t at = list + first + lane;
-        const int32_t matrix = at < share_end ? matrix_of(at, choice.ids[at]) : -1;
+        const uint32_t at = static_cast<uint32_t>(list + first) + lane;
+        const int32_t matrix = at < share_end ? matrix_of(at % distance < sizes[at / distance], choice.ids[at]) : -1;
         const uint32_t alike = __match_any_sync(0xFFFFFFFFu, matrix), below = (1u << lane) - 1;
         const int32_t row = matrix < 0 ? 0 : next[matrix] + __popc(alike & below);
         __syncwarp();
@@ -243,6 +252,7 @@ cudaError_t prefer_shared(Kernel *kernel) {
 inline cudaError_t pack_rows(const Call &c, const Packing &from, const Rows &rows, const Choice &choice, const Packed &to) {
   const bool aligned = from.row_bytes % 16 == 0;
   const int64_t window = from.window < rows.capacity() ? from.window : rows.capacity();
+  if (choice.ids != nullptr && rows.segments > most_matrices) return cudaErrorInvalidValue;
   if (choice.ids == nullptr) {
     const uint32_t across = static_cast<uint32_t>(window < 512 ? window : 512);
     const int64_t pieces = ceil_div(8 * to.blocks, int64_t{256}), wanted = ceil_div(int64_t{2 * c.processors}, int64_t{across});
