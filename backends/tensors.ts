@@ -543,4 +543,4 @@ const reduce = (op: Op, sizes: Sizes): Planned | undefined => {
 
 /** The templates of a target, to be tried after those of rows: what these do well is left to them. */
 export const tensorKernels = (to: TensorTarget): readonly KernelTemplate[] =>
-  Object.entries({ nest, put, matmul, cumulate, sort }).map(([name, plan]) => tensorKernel(name, to, plan));
+  Object.entries({ nest, put, matmul, reduce, cumulate, sort }).map(([name, plan]) => tensorKernel(name, to, plan));

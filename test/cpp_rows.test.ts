@@ -13,7 +13,7 @@ import { checkBackend, type KernelRunner, type SampleResult } from "../backends/
 import { assemble } from "../backends/cpp/assemble.ts";
 import { rowKernel } from "../backends/cpp/rows.ts";
 import { errorOf } from "../backends/kernel_cases.ts";
-import { reductionKernels, tensorKernels } from "../backends/tensors.ts";
+import { tensorKernels } from "../backends/tensors.ts";
 import { tokenKernels } from "../backends/tokens.ts";
 import {
   Builder,
@@ -42,7 +42,6 @@ const templates = new URL("../backends/cpp/index.ts", import.meta.url);
 const kernels: readonly KernelTemplate[] = [
   ...tokenKernels(templates),
   rowKernel,
-  ...reductionKernels({ templates, knowsSymbols: true }),
   ...tensorKernels({ templates, knowsSymbols: true }),
 ];
 /** Row kernels have nothing of their own for the matrix unit: amx is avx512 to them. */

@@ -2,7 +2,7 @@
 
 import { type DType, dtypes } from "../../ir/type.ts";
 import type { Backend } from "../backend.ts";
-import { reductionKernels, tensorKernels } from "../tensors.ts";
+import { tensorKernels } from "../tensors.ts";
 import { tokenKernels } from "../tokens.ts";
 import { appendKernel } from "./append.ts";
 import { arches, assemble } from "./assemble.ts";
@@ -26,7 +26,6 @@ const backend: Backend = {
     routeKernel,
     ...tokenKernels(new URL(import.meta.url)),
     rowKernel,
-    ...reductionKernels({ templates: new URL(import.meta.url), knowsSymbols: true }),
     ...tensorKernels({ templates: new URL(import.meta.url), knowsSymbols: true }),
   ],
   kv,

@@ -99,6 +99,7 @@ check_layers() {
   mkdir -p "$layers"
   local layer
   for layer in layers/*.s3; do
+    [ -d "$layer" ] || continue
     layer=$(basename "$layer" .s3)
     : >"$build/$layer.out"
     built "$layer.s3-attention" && built "$layer.s3-ffn" || continue
@@ -106,6 +107,7 @@ check_layers() {
   done
   wait
   for layer in layers/*.s3; do
+    [ -d "$layer" ] || continue
     cat "$build/$(basename "$layer" .s3).out"
     count "$build/$(basename "$layer" .s3).out"
   done
