@@ -14,7 +14,7 @@ import { createFlight } from "./weights/flight.ts";
 import { createHasher, type Hasher, type HashName } from "./weights/hash.ts";
 import { createOutput, type Output } from "./weights/output.ts";
 import { createPiece, type Emit, type Piece, reachOf, type Window } from "./weights/piece.ts";
-import { asMatrices, numbers, type PlacedWeight, packedBytes, type WeightsPlan } from "./weights/plan.ts";
+import { asMatrices, numbers, type PlacedWeight, packedBytes, separate, type WeightsPlan } from "./weights/plan.ts";
 import { createReader, type Reading, readingsOf, slotBytesOf, windowBuffers } from "./weights/reader.ts";
 import { createRecipes, type Recipe } from "./weights/recipe.ts";
 import { ropeRows } from "./weights/rope.ts";
@@ -134,13 +134,15 @@ const convertAll = async (
   };
   const constants: (() => Promise<void>)[] = [];
   for (const [i, plan] of plans.entries())
-    for (const placed of plan.weights) {
+    for (const whole of plan.weights) {
       const output = outputs[i] as Output;
-      const recipe = recipes.of(placed.weight);
-      const used = packedBytes(placed.weight.value.type, placed.layout);
-      if (placed.bytes > used) emit(output, placed.offset + used, new Uint8Array(placed.bytes - used));
-      if (!recipe) constants.push(() => writeConstant(placed, output, emit, flight));
-      else if (used > 0) groupOf(recipe.tensor).parts.push({ recipe, placed, output });
+      const used = packedBytes(whole.weight.value.type, whole.layout);
+      if (whole.bytes > used) emit(output, whole.offset + used, new Uint8Array(whole.bytes - used));
+      for (const placed of separate(whole)) {
+        const recipe = recipes.of(placed.weight);
+        if (!recipe) constants.push(() => writeConstant(placed, output, emit, flight));
+        else if (used > 0) groupOf(recipe.tensor).parts.push({ recipe, placed, output });
+      }
     }
   if (configuration !== undefined) for (const tensor of checkpoint?.tensors.values() ?? []) groupOf(tensor);
 

@@ -27,8 +27,8 @@ export interface Op {
 /** Half-open index ranges, one per axis of the tensor as it is before slicing. */
 export type Slice = readonly (readonly [number, number])[];
 
-/** Where the bytes of a weight come from. Evaluated tile by tile, never in a Graph. */
-export type WeightSource =
+/** What a checkpoint's tensor becomes. */
+export type StoredSource =
   /** a tensor of the checkpoint, converted to the weight's dtype when the dtypes differ (floats only) */
   | { readonly kind: "tensor"; readonly tensor: string; readonly slice?: Slice }
   /** checkpoint codes times block scales, rounded to the weight's dtype; block is [rows, columns] of the last two axes */
@@ -46,11 +46,19 @@ export type WeightSource =
       readonly to: DType;
       readonly block: readonly [number, number];
       readonly slice?: Slice;
-    }
+    };
+
+/** Where the bytes of a weight come from. Evaluated tile by tile, never in a Graph. */
+export type WeightSource =
+  | StoredSource
+  /** [E, rows, columns]: E matrices one after another, each from its own place. Slices, codes and scales are those of the matrices */
+  | { readonly kind: "stacked"; readonly of: readonly StoredSource[] }
   /** f32 [positions, dim]: cos in the first half of the columns, sin in the second, of f32(position * f32 inv_freq) */
   | { readonly kind: "rope"; readonly theta: number; readonly positions: number; readonly dim: number }
   /** values written in the text of a graph, row-major */
   | { readonly kind: "literal"; readonly values: readonly number[] };
+
+export const isStored = (s: WeightSource): s is StoredSource => s.kind !== "stacked" && s.kind !== "rope" && s.kind !== "literal";
 
 export interface Weight {
   readonly value: Value & { readonly type: TensorType };

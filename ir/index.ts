@@ -7,7 +7,7 @@ export * from "./dim.ts";
 export { type Case, type Draw, drawTensor, randomNumbers, sampleCase } from "./draw.ts";
 export { UserError } from "./error.ts";
 export { evaluate, kvState, literalWeight } from "./evaluate.ts";
-export type { Graph, Op, Place, Slice, Value, Weight, WeightSource } from "./graph.ts";
+export type { Graph, Op, Place, Slice, StoredSource, Value, Weight, WeightSource } from "./graph.ts";
 export { canonicalJson, graphFromJson, graphToJson, type Json } from "./json.ts";
 export type { Build, Cost, Datum, Knowledge, KvRow, KvState, Rowwise, Sample } from "./op.ts";
 export { allKnowledge, inferTypes, knowledge } from "./ops/index.ts";

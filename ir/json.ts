@@ -5,7 +5,17 @@
 import type { Attr, Attrs } from "./attr.ts";
 import { type Dim, type DimSymbol, parseDim } from "./dim.ts";
 import { UserError } from "./error.ts";
-import type { Graph, Op, Place, Slice, Value, Weight, WeightSource } from "./graph.ts";
+import {
+  type Graph,
+  isStored,
+  type Op,
+  type Place,
+  type Slice,
+  type StoredSource,
+  type Value,
+  type Weight,
+  type WeightSource,
+} from "./graph.ts";
 import { parseType } from "./parse.ts";
 import { numberText } from "./print.ts";
 import { dtypes, type TensorType, type Type, typeText } from "./type.ts";
@@ -47,6 +57,8 @@ const sourceJson = (s: WeightSource): Json => {
     case "codes":
     case "scales":
       return { kind: s.kind, of: sourceJson(s.of), to: s.to, block: [...s.block], slice: sliceJson(s.slice) };
+    case "stacked":
+      return { kind: s.kind, of: s.of.map(sourceJson) };
     case "rope":
       return { kind: s.kind, theta: numberJson(s.theta), positions: s.positions, dim: s.dim };
     case "literal":
@@ -211,7 +223,7 @@ const readSlice = (r: Reader): { slice?: Slice } =>
     : {};
 
 const readSource = (r: Reader): WeightSource => {
-  const kind = r.at("kind").oneOf(["tensor", "dequantised", "codes", "scales", "rope", "literal"]);
+  const kind = r.at("kind").oneOf(["tensor", "dequantised", "codes", "scales", "stacked", "rope", "literal"]);
   switch (kind) {
     case "tensor":
       r.object("kind", "tensor", "slice");
@@ -223,6 +235,9 @@ const readSource = (r: Reader): WeightSource => {
     case "scales":
       r.object("kind", "of", "to", "block", "slice");
       return { kind, of: readSource(r.at("of")), to: r.at("to").oneOf(dtypes), block: r.at("block").pair(), ...readSlice(r) };
+    case "stacked":
+      r.object("kind", "of");
+      return { kind, of: r.at("of").list().map(readStored) };
     case "rope":
       r.object("kind", "theta", "positions", "dim");
       return { kind, theta: r.at("theta").number(), positions: r.at("positions").integer(), dim: r.at("dim").integer() };
@@ -236,6 +251,12 @@ const readSource = (r: Reader): WeightSource => {
           .map((v) => v.number()),
       };
   }
+};
+
+/** A matrix of a stack. */
+const readStored = (r: Reader): StoredSource => {
+  const source = readSource(r);
+  return isStored(source) ? source : r.fail(`is ${source.kind}, and matrices of a stack are read from tensors`);
 };
 
 const readSymbol = (r: Reader): DimSymbol => {

@@ -14,7 +14,17 @@ import {
 import type { Attr, Attrs } from "./attr.ts";
 import { type Dim, type DimSymbol, parseDim } from "./dim.ts";
 import { UserError } from "./error.ts";
-import type { Graph, Op, Place, Slice, Value, Weight, WeightSource } from "./graph.ts";
+import {
+  type Graph,
+  isStored,
+  type Op,
+  type Place,
+  type Slice,
+  type StoredSource,
+  type Value,
+  type Weight,
+  type WeightSource,
+} from "./graph.ts";
 import { inferTypes, nearestWord } from "./ops/index.ts";
 import { type DType, dtypes, type KvType, sameType, type Type, tensor, typeText } from "./type.ts";
 import { verify, verifySource, verifySymbols, verifyType } from "./verify.ts";
@@ -493,6 +503,21 @@ class GraphParser extends EmbeddedActionsParser {
             },
           },
           {
+            GATE: () => this.LA(1).image === "stacked",
+            ALT: () => {
+              const of: WeightSource[] = [];
+              const word = this.keyword(14, "stacked");
+              this.CONSUME2(Open);
+              this.AT_LEAST_ONE_SEP({ SEP: Comma, DEF: () => of.push(this.SUBRULE5(this.source)) });
+              this.CONSUME2(Close);
+              return this.ACTION((): WeightSource => {
+                const other = of.find((s) => !isStored(s));
+                if (other) throw new Blame(`matrices of a stack are read from tensors, not ${other.kind}`, word);
+                return { kind: "stacked", of: of as StoredSource[] };
+              });
+            },
+          },
+          {
             ALT: () => {
               const values: number[] = [];
               this.CONSUME(OpenSquare);
@@ -503,7 +528,7 @@ class GraphParser extends EmbeddedActionsParser {
           },
           {
             ALT: () => {
-              this.keyword(13, "tensor", "dequantised", "codes", "scales", "rope");
+              this.keyword(13, "tensor", "dequantised", "codes", "scales", "stacked", "rope");
               return { kind: "literal", values: [] } as WeightSource;
             },
           },

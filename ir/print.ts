@@ -38,6 +38,8 @@ export const sourceText = (s: WeightSource): string => {
     case "codes":
     case "scales":
       return `${s.kind} ${s.to} block ${s.block.join("x")} of (${sourceText(s.of)})${sliceText(s.slice)}`;
+    case "stacked":
+      return `stacked (${s.of.map(sourceText).join(", ")})`;
     case "rope":
       return `rope theta ${numberText(s.theta)} positions ${s.positions} dim ${s.dim}`;
     case "literal":

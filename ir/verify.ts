@@ -4,7 +4,7 @@ import { type Dim, type DimSymbol, dimSymbols, evalDim, mostOf, parseDim } from 
 import { UserError } from "./error.ts";
 import type { Graph, Op, Value, Weight, WeightSource } from "./graph.ts";
 import { inferTypes, knowledge } from "./ops/index.ts";
-import { sameType, type Type, typeText } from "./type.ts";
+import { sameType, type Type, tensor, typeText } from "./type.ts";
 
 /** `op 'linear' -> 'q' (layers.0.self_attn.wq)` */
 const opText = (op: Op): string =>
@@ -168,9 +168,19 @@ export const verifySource = (value: Weight["value"], source: WeightSource, fail:
     if (source.dim % 2 !== 0) bad(`dim must be even, got ${source.dim}`);
     return;
   }
+  if (source.kind === "stacked") {
+    if (shape.length !== 3 || shape[0] !== source.of.length || source.of.length === 0)
+      bad(`a stack of ${source.of.length} matrices is [${source.of.length}, rows, columns]`);
+    for (const of of source.of) verifySource({ ...value, type: tensor(type.dtype, shape.slice(1)) }, of, fail);
+    return;
+  }
   if (source.kind === "scales" && type.dtype !== "f32") bad("scales are f32");
   if (source.kind === "codes" && type.dtype !== source.to) bad(`codes are ${source.to}`);
   for (let s: WeightSource = source; ; s = s.of) {
+    if (s.kind === "stacked") {
+      bad(`${source.kind} of a stack are a stack of ${source.kind}`);
+      break;
+    }
     if ("block" in s && !isBlock(s.block)) bad(`block must be two positive integers, got ${s.block.join("x")}`);
     if ("slice" in s && s.slice !== undefined) {
       for (const [from, to] of s.slice)

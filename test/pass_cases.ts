@@ -57,13 +57,19 @@ export const step3Model = (options: CheckpointOptions = {}): Model => {
   return { graph: model.graph(8, { maxContext: 32, maxPages: 4 }), weights: remembered(model.checkpoint) };
 };
 
-const innermost = (source: WeightSource): WeightSource => ("of" in source ? innermost(source.of) : source);
+const innermost = (source: WeightSource): WeightSource =>
+  "of" in source && source.kind !== "stacked" ? innermost(source.of) : source;
 
 /** Weights named by `tensor` sources, drawn from a seed; their shapes are those of the graph before any pass. */
 export const drawnWeights = (graph: Graph, seed: number): ((w: Weight) => Tensor) => {
   const random = randomNumbers(seed);
   const tensors = new Map<string, { readonly shape: readonly number[]; readonly bytes: Uint8Array }>();
-  for (const weight of graph.weights) {
+  const matrices = graph.weights.flatMap(({ value, source }): Weight[] =>
+    source.kind === "stacked"
+      ? source.of.map((of) => ({ value: { ...value, type: { ...value.type, shape: value.type.shape.slice(1) } }, source: of }))
+      : [{ value, source }],
+  );
+  for (const weight of matrices) {
     const source = innermost(weight.source);
     if (
       "of" in source ||

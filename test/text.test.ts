@@ -35,6 +35,8 @@ weight part bf16[8,16] = tensor "a \\"quoted\\" name;\\u0041\\n" [8:16, 0:16]
 weight wide bf16[16,16] = dequantised "w" scales "w.scale_inv" block 128x128 [0:16, 0:16]
 weight q8 e4m3[16,16] = codes e4m3 block 128x128 of (tensor "w" [0:16, 0:16]) [0:16, 0:16]
 weight s8 f32[16,1] = scales i8 block 1x16 of (dequantised "w" scales "s" block 2x2)
+weight all bf16[2,4,16] = stacked (tensor "a" [0:4, 0:16], dequantised "w" scales "s" block 2x2 [4:8, 0:16])
+weight all8 e4m3[1,4,16] = stacked (codes e4m3 block 1x16 of (tensor "a"))
 weight table f32[64,8] = rope theta 500000 positions 64 dim 8
 weight numbers f32[7] = [1, -0, inf, -inf, nan, 1e-7, 1.5e+300]
 weight none f32[0] = []
@@ -250,7 +252,7 @@ describe("errors say where, what was expected, and what was found", () => {
       "another source",
       4,
       'weight w f32[2,4] = tensr "x"',
-      "4:21: expected 'tensor' or 'dequantised' or 'codes' or 'scales' or 'rope', found 'tensr'",
+      "4:21: expected 'tensor' or 'dequantised' or 'codes' or 'scales' or 'stacked' or 'rope', found 'tensr'",
     ],
     [
       "a slice",
@@ -264,6 +266,24 @@ describe("errors say where, what was expected, and what was found", () => {
       4,
       'weight w e4m3[2,4] = codes e4m3 block 0x4 of (tensor "x")',
       "4:8: weight 'w' e4m3[2,4]: block must be two positive integers, got 0x4",
+    ],
+    [
+      "a stack of other things",
+      4,
+      "weight w f32[1,2,4] = stacked ([1, 2])",
+      "4:23: matrices of a stack are read from tensors, not literal",
+    ],
+    [
+      "a stack of another size",
+      4,
+      'weight w f32[2,2,4] = stacked (tensor "x")',
+      "4:8: weight 'w' f32[2,2,4]: a stack of 1 matrices is [1, rows, columns]",
+    ],
+    [
+      "codes of a stack",
+      4,
+      'weight w e4m3[1,2,4] = codes e4m3 block 1x4 of (stacked (tensor "x"))',
+      "4:8: weight 'w' e4m3[1,2,4]: codes of a stack are a stack of codes",
     ],
     ["a weight's state", 4, "weight w kv<f32,1x4> = [1]", "4:8: weight 'w' must be a tensor"],
     ["a cache", 5, "state kv0 kv<f16,1x4>", "5:14: expected bf16, f32, e4m3, i8, found 'f16'"],

@@ -246,6 +246,31 @@ describe("verify", () => {
       "scales are f32",
     ],
     [
+      "a matrix of a stack in another shape",
+      {
+        ...whole,
+        weights: [
+          {
+            value: { name: "n", type: tensor("f32", [1, 3, 2]) },
+            source: {
+              kind: "stacked",
+              of: [
+                {
+                  kind: "tensor",
+                  tensor: "t",
+                  slice: [
+                    [0, 2],
+                    [0, 2],
+                  ],
+                },
+              ],
+            },
+          },
+        ],
+      },
+      "weight 'n' f32[3,2]: the slice [0:2, 0:2] has another shape",
+    ],
+    [
       "a rope table of another size",
       {
         ...whole,

@@ -11,7 +11,7 @@ import { createConverter, largestCode, quantisedValue } from "../compiler/weight
 import { createHasher, type HashName } from "../compiler/weights/hash.ts";
 import { inverseFrequencies, ropeRows } from "../compiler/weights/rope.ts";
 import { type PlacedWeight, packedBytes, readWeight, seededSource, type WeightsPlan, writeWeights } from "../compiler/weights.ts";
-import type { Slice, Weight, WeightSource } from "../ir/graph.ts";
+import type { Slice, StoredSource, Weight, WeightSource } from "../ir/graph.ts";
 import { decode, encode, floatCode, floatValue } from "../ir/round.ts";
 import { type DType, dtypeBytes, tensor } from "../ir/type.ts";
 import { random } from "./checkpoint.ts";
@@ -202,6 +202,30 @@ const cases = (): Weight[] => {
         if (block[0] === 1 && cut !== whole) continue;
         quantised({ kind: "tensor", tensor: "even" }, [64, 512], to, block, cut);
       }
+  const rows: Slice = [
+    [3, 30],
+    [0, 50],
+  ];
+  const [bf, single] = ["bf", "single"].map((tensor): StoredSource => ({ kind: "tensor", tensor })) as [
+    StoredSource,
+    StoredSource,
+  ];
+  for (const dtype of ["bf16", "f32"] as const) {
+    add(dtype, [3, 37, 50], { kind: "stacked", of: [bf, single, bf] });
+    add(dtype, [2, 27, 50], { kind: "stacked", of: [single, bf].map((s) => ({ ...s, slice: rows })) });
+  }
+  add("bf16", [2, 64, 512], {
+    kind: "stacked",
+    of: [
+      { kind: "tensor", tensor: "even" },
+      { kind: "tensor", tensor: "even" },
+    ],
+  });
+  for (const to of ["e4m3", "i8"] as const)
+    for (const kind of ["codes", "scales"] as const) {
+      const of = [single, bf].map((of): StoredSource => ({ kind, of, to, block: [8, 16] }));
+      add(kind === "codes" ? to : "f32", kind === "codes" ? [2, 37, 50] : [2, 5, 4], { kind: "stacked", of });
+    }
   add("f32", [40, 16], { kind: "rope", theta: 10000, positions: 40, dim: 16 });
   add("bf16", [2, 3], { kind: "literal", values: [1, -2, 3.1, 4, 5e-9, -0] });
   return all;

@@ -5,7 +5,7 @@
  * An input is quantised once, whatever number of linears take it.
  */
 import { rewrite } from "../../ir/build.ts";
-import type { Graph, Value, WeightSource } from "../../ir/graph.ts";
+import type { Graph, StoredSource, Value, WeightSource } from "../../ir/graph.ts";
 import { isFloat, type KvType, type TensorType, tensor } from "../../ir/type.ts";
 import type { Pass } from "../pass.ts";
 import { contraction } from "./contraction.ts";
@@ -25,12 +25,22 @@ const codesOf: Readonly<Record<"fp8" | "int8", "e4m3" | "i8">> = { fp8: "e4m3", 
 const blockOf = (policy: "fp8" | "int8", columns: number): readonly [number, number] =>
   policy === "fp8" ? [128, 128] : [1, columns];
 
+interface Quantised<S> {
+  readonly codes: S;
+  readonly scales: S;
+}
+
 /** Where the codes and scales of a quantised weight come from: the checkpoint's own when its blocks are these. */
-const quantised = (
-  source: WeightSource,
-  to: "e4m3" | "i8",
-  block: readonly [number, number],
-): { readonly codes: WeightSource; readonly scales: WeightSource } => {
+const quantised = (source: WeightSource, to: "e4m3" | "i8", block: readonly [number, number]): Quantised<WeightSource> => {
+  if (source.kind !== "stacked") return quantisedMatrix(source, to, block);
+  const each = source.of.map((of) => quantisedMatrix(of, to, block));
+  return {
+    codes: { kind: "stacked", of: each.map((q) => q.codes) },
+    scales: { kind: "stacked", of: each.map((q) => q.scales) },
+  };
+};
+
+const quantisedMatrix = (source: WeightSource, to: "e4m3" | "i8", block: readonly [number, number]): Quantised<StoredSource> => {
   if (source.kind === "dequantised" && to === "e4m3" && source.slice === undefined && String(source.block) === String(block))
     return { codes: { kind: "tensor", tensor: source.tensor }, scales: { kind: "tensor", tensor: source.scales } };
   return { codes: { kind: "codes", of: source, to, block }, scales: { kind: "scales", of: source, to, block } };

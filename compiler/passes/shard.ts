@@ -13,7 +13,7 @@
  */
 import type { Attrs } from "../../ir/attr.ts";
 import { UserError } from "../../ir/error.ts";
-import type { Graph, Op, Place, Slice, Value, Weight, WeightSource } from "../../ir/graph.ts";
+import type { Graph, Op, Place, Slice, StoredSource, Value, Weight, WeightSource } from "../../ir/graph.ts";
 import { inferTypes, knowledge } from "../../ir/ops/index.ts";
 import { type DType, isFloat, type TensorType, tensor } from "../../ir/type.ts";
 import type { Pass } from "../pass.ts";
@@ -474,6 +474,15 @@ const zeros = (like: Value, received: readonly Value[], origin: string | undefin
 export const sliceSource = (source: WeightSource, shape: readonly number[], ranges: Slice): WeightSource => {
   if (source.kind === "rope") throw new Error("a rotary table is not split");
   if (source.kind === "literal") return { kind: "literal", values: sliceValues(source.values, shape, ranges) };
+  if (source.kind === "stacked") {
+    const [matrices, ...rest] = ranges as readonly [Range, ...Slice];
+    const whole = rest.every(([from, to], axis) => from === 0 && to === shape[axis + 1]);
+    return { kind: "stacked", of: source.of.slice(...matrices).map((of) => (whole ? of : slicedStored(of, rest))) };
+  }
+  return slicedStored(source, ranges);
+};
+
+const slicedStored = (source: StoredSource, ranges: Slice): StoredSource => {
   const within = source.slice;
   const slice = ranges.map(([from, to], axis) => {
     const start = within?.[axis]?.[0] ?? 0;
@@ -515,9 +524,11 @@ const checkBlocks = (g: Graph, part: Part, plan: Plan, split: Split): void => {
 const tensorName = (source: WeightSource | undefined): string | undefined =>
   source === undefined || source.kind === "rope" || source.kind === "literal"
     ? undefined
-    : "of" in source
-      ? tensorName(source.of)
-      : source.tensor;
+    : source.kind === "stacked"
+      ? tensorName(source.of[0])
+      : "of" in source
+        ? tensorName(source.of)
+        : source.tensor;
 
 export interface ShardOptions {
   readonly ranks: number;

@@ -31,6 +31,20 @@ export const packedBytes = (type: TensorType, layout?: Layout): number => {
   return layout ? matrices * layout.bytes(rows, columns, type.dtype) : matrices * rows * columns * dtypeBytes(type.dtype);
 };
 
+/** The matrices of a stack, each where it lies; any other weight as it is. */
+export const separate = (placed: PlacedWeight): readonly PlacedWeight[] => {
+  const { value, source } = placed.weight;
+  if (source.kind !== "stacked") return [placed];
+  const type = { ...value.type, shape: value.type.shape.slice(1) };
+  const bytes = packedBytes(type, placed.layout);
+  return source.of.map((of, i) => ({
+    ...placed,
+    weight: { value: { ...value, type }, source: of },
+    offset: placed.offset + i * bytes,
+    bytes,
+  }));
+};
+
 /** Whether a weight is computed, so that a bundle without weights still has to contain it. */
 export const isConstant = ({ source }: Weight): boolean => source.kind === "rope" || source.kind === "literal";
 

@@ -37,6 +37,13 @@ const valuesOf = (checkpoint: Checkpoint | undefined, s: WeightSource): Values =
       return { shape: [s.values.length], data: Float64Array.from(s.values) };
     case "rope":
       return { shape: [s.positions, s.dim], data: Float64Array.from(ropeRows(s.theta, s.dim, 0, s.positions)) };
+    case "stacked": {
+      const parts = s.of.map((of) => valuesOf(checkpoint, of));
+      const first = parts[0] as Values;
+      const data = new Float64Array(parts.length * first.data.length);
+      for (const [i, part] of parts.entries()) data.set(part.data, i * first.data.length);
+      return { shape: [parts.length, ...first.shape], data };
+    }
     case "tensor":
       return cut(stored(checkpoint, s.tensor), s.slice);
     case "dequantised": {
