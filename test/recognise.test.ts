@@ -247,6 +247,198 @@ z = matmul(p, v4)`,
   });
 });
 
+describe("routed experts", () => {
+  interface Form {
+    readonly count?: number;
+    /** the lines of expert e before its result `y` is weighted; `x`, `rows` and weights `g`, `u`, `d` with its number are there */
+    readonly body?: (e: number) => string;
+    /** the lines of its share `s` */
+    readonly share?: (e: number) => string;
+    /** the lines from the weighted results `z` to `out` */
+    readonly sum?: string;
+    readonly shares?: string;
+    readonly dtype?: string;
+    readonly more?: string;
+    readonly source?: (name: string, size: number) => string;
+  }
+  const swiglu = (e: number, act: string = `a${e} = silu(gl${e})`): string => `gl${e} = linear(rows, g${e})
+ul${e} = linear(rows, u${e})
+${act}
+h${e} = mul(a${e}, ul${e})
+l${e} = linear(h${e}, d${e})
+y${e} = reshape(l${e}) {shape: [B, S, "6"]}`;
+  const perceptron = (e: number, act: string): string => `gl${e} = linear(rows, g${e})
+i${e} = reshape(gl${e}) {shape: [B, S, "5"]}
+${act}
+h${e} = reshape(a${e}) {shape: ["B*S", "5"]}
+l${e} = linear(h${e}, d${e})
+y${e} = reshape(l${e}) {shape: [B, S, "6"]}`;
+  const multiplied = (e: number, ids: string = "ids", shares: string = "shares"): string => `q${e} = equal(${ids}, n${e})
+m${e} = cast(q${e}) {to: DTYPE}
+t${e} = mul(${shares}, m${e})
+s${e} = reduce(t${e}) {fn: sum}`;
+  const chained = (order: readonly number[]): string => {
+    const [first, ...rest] = order;
+    const lines = rest.map((e, i) => `c${i} = add(${i === 0 ? `z${first}` : `c${i - 1}`}, z${e})`);
+    return `${lines.join("\n")}\nout = add(x, c${rest.length - 1})`;
+  };
+  const routed = (form: Form = {}): string => {
+    const { count = 4, body = (e) => swiglu(e), share = (e) => multiplied(e), dtype = "f32", more = "" } = form;
+    const { shares = "all = reduce(best) {fn: sum}\nshares = div(best, all)", source = (name) => `tensor "${name}"` } = form;
+    const numbers = Array.from({ length: count }, (_, e) => e);
+    const weight = (name: string, rows: number, columns: number): string =>
+      `weight ${name} DTYPE[${rows},${columns}] = ${source(name, rows * columns)}`;
+    return `graph routed
+symbol B 1..4 host
+symbol S 1..8 host
+input x DTYPE[B,S,6]
+${more}
+${weight("router", count, 6)}
+${numbers.map((e) => `${weight(`g${e}`, 5, 6)}\n${weight(`u${e}`, 5, 6)}\n${weight(`d${e}`, 6, 5)}`).join("\n")}
+zero = const() {value: 0, dtype: DTYPE}
+one = const() {value: 1, dtype: DTYPE}
+rows = reshape(x) {shape: ["B*S", "6"]}
+scores = linear(rows, router) {to: f32}
+p32 = softmax(scores)
+top, chosen = topk(p32) {k: 2}
+top3 = reshape(top) {shape: [B, S, "2"]}
+best = cast(top3) {to: DTYPE}
+chosen3 = reshape(chosen) {shape: [B, S, "2"]}
+ids = cast(chosen3) {to: i64}
+${shares}
+${numbers.map((e) => `n${e} = const() {value: ${e}, dtype: i64}\n${share(e)}\n${body(e)}\nz${e} = mul(y${e}, s${e})`).join("\n")}
+${form.sum ?? chained(numbers)}
+output out
+`.replaceAll("DTYPE", dtype);
+  };
+  const literals = (name: string, size: number): string =>
+    `[${Array.from({ length: size }, (_, i) => Math.sin(i + 7 * name.charCodeAt(0) + 3 * name.charCodeAt(1)).toFixed(3)).join(", ")}]`;
+
+  const found: readonly (readonly [what: string, form: Form, kinds: string])[] = [
+    ["SwiGLU, shares that add up to 1", {}, "silu mul"],
+    [
+      "shares as they are, in another order",
+      { shares: "shares = cast(best) {to: DTYPE}", sum: chained([2, 0, 3, 1]) },
+      "silu mul",
+    ],
+    ["sums of sums", { sum: "a = add(z0, z3)\nb = add(z2, z1)\nc = add(b, a)\nout = add(c, x)" }, "silu mul"],
+    ["something else among the addends", { sum: "a = add(x, z3)\nb = add(a, z1)\nc = add(b, z0)\nout = add(c, z2)" }, "silu mul"],
+    ["from zeros on", { sum: "a = add(zero, z0)\nb = add(a, z1)\nc = add(b, z2)\nout = add(c, z3)" }, "silu mul"],
+    [
+      "shares where the expert is",
+      { share: (e) => `q${e} = equal(n${e}, ids)\nt${e} = where(q${e}, shares, zero)\ns${e} = reduce(t${e}) {fn: sum}` },
+      "silu mul",
+    ],
+    [
+      "a mask of ones and zeros, and a sum without its axis for a while",
+      {
+        share: (e) => `q${e} = equal(ids, n${e})
+m${e} = where(q${e}, one, zero)
+t${e} = mul(m${e}, shares)
+r${e} = reduce(t${e}) {fn: sum}
+v${e} = reshape(r${e}) {shape: [B, S]}
+s${e} = reshape(v${e}) {shape: [B, S, "1"]}`,
+      },
+      "silu mul",
+    ],
+    ["one linear, ReLU, one linear", { body: (e) => perceptron(e, `a${e} = maximum(zero, i${e})`) }, "maximum"],
+    ["GELU by tanh", { body: (e) => perceptron(e, `a${e} = gelu(i${e}) {approximate: tanh}`), count: 3 }, "gelu"],
+    ["bf16", { dtype: "bf16" }, "silu mul"],
+    ["weights in the text", { source: literals }, "silu mul"],
+  ];
+  test.each(found)("%s", (_, form, kinds) => {
+    const graph = parseGraph(routed(form));
+    const [weights, inputs] = [drawnWeights(graph, 5), drawnInputs(graph, 3, 6)];
+    const expected = run(graph, weights, inputs).get("out") as Tensor;
+    for (let seed = 0; seed <= 2; seed++) {
+      const result = runPasses(seed === 0 ? graph : disguised(permuted(graph, seed), seed), list);
+      const isPart = (kind: string): boolean => /linear|combine|silu|gelu|maximum|equal/.test(kind);
+      const grouped = result.ops.filter((op) => op.kind === "grouped_linear").length;
+      expect(grouped).toBe(kinds === "silu mul" ? 3 : 2);
+      expect(result.ops.filter((op) => isPart(op.kind) && op.kind !== "grouped_linear").map((op) => op.kind)).toEqual([
+        "linear",
+        kinds.split(" ")[0],
+        "combine",
+      ]);
+      const stacks = result.weights.filter((w) => w.value.type.shape.length === 3).map((w) => w.source.kind);
+      expect(new Set(stacks)).toEqual(new Set([form.source ? "literal" : "stacked"]));
+      const got = run(result, weights, inputs).get("out") as Tensor;
+      expect(relativeError(got, expected)).toBeLessThan(form.dtype === "bf16" ? 2 ** -7 : 1e-5);
+    }
+  });
+
+  const not: readonly (readonly [what: string, form: Form, said: RegExp])[] = [
+    ["a missing expert", { sum: chained([0, 1, 3]) }, /of 4 experts that may be chosen, expert 2 is not added$/],
+    ["an expert twice", { sum: chained([0, 1, 2, 3, 2]) }, /5 results of 4 experts are added$/],
+    [
+      "an expert that others choose",
+      { share: (e) => multiplied(e, e === 1 ? "others" : "ids"), more: "input others i64[B,S,2]" },
+      /of 4 experts that may be chosen, expert 1 is not added$/,
+    ],
+    [
+      "ids that are no choice of topk",
+      { share: (e) => multiplied(e, "others"), more: "input others i64[B,S,2]" },
+      /experts are those of 'others', which topk did not choose$/,
+    ],
+    [
+      "an expert with shares of its own",
+      { share: (e) => multiplied(e, "ids", e === 3 ? "best" : "shares") },
+      /the shares of expert 3 are another value than 'shares'$|the shares of expert 0 are another value than 'best'$/,
+    ],
+    [
+      "another activation",
+      { body: (e) => swiglu(e, e === 2 ? `a${e} = gelu(gl${e})` : undefined) },
+      /expert 2 has gelu where expert 0 has silu$/,
+    ],
+    [
+      "another GELU",
+      { body: (e) => perceptron(e, `a${e} = gelu(i${e})${e === 1 ? " {approximate: tanh}" : ""}`) },
+      /expert 1 has gelu where expert 0 has gelu of another kind$/,
+    ],
+    [
+      "an expert of other tokens",
+      { body: (e) => (e === 1 ? swiglu(e).replaceAll("(rows,", "(others,") : swiglu(e)), more: "input others f32[B*S,6]" },
+      /expert 1 takes 'others', and expert 0 'rows'$/,
+    ],
+    [
+      "a bias",
+      {
+        body: (e) => swiglu(e).replace(`reshape(l${e})`, `reshape(lb${e})`).replace(/\ny/, `\nlb${e} = add(l${e}, x0)\ny`),
+        more: 'weight x0 f32[6] = tensor "x0"',
+      },
+      /the result of expert 0 is made by add, not linear$/,
+    ],
+    [
+      "a value that is used elsewhere",
+      { sum: `${chained([0, 1, 2, 3])}\nmost = reduce(h2) {fn: max}\noutput most` },
+      /'h2', a value of experts, is used elsewhere$/,
+    ],
+    [
+      "an expert of another size",
+      {
+        source: (name) => `tensor "${name}"`,
+        body: (e) => (e === 3 ? swiglu(e).replaceAll(/\b([gud])3\b/g, "$1x") : swiglu(e)),
+        more: 'weight gx f32[7,6] = tensor "gx"\nweight ux f32[7,6] = tensor "ux"\nweight dx f32[6,7] = tensor "dx"',
+      },
+      /the gate of expert 3 has another type than that of expert 0$/,
+    ],
+    [
+      "a weight that is computed",
+      { body: (e) => (e === 2 ? `gn = neg(g2)\n${swiglu(e).replace("g2)", "gn)")}` : swiglu(e)) },
+      /the gate of expert 2, 'gn', is no weight$/,
+    ],
+  ];
+  test.each(not)("not %s", (_, form, said) => {
+    const graph = parseGraph(routed(form));
+    for (let seed = 0; seed <= 1; seed++) {
+      const result = runPasses(seed === 0 ? graph : permuted(graph, seed), list);
+      expect(kinds(result)).not.toContain("grouped_linear");
+    }
+    const lines = (recognise.explain?.(graph, "grouped_linear") ?? "").trimEnd().split("\n");
+    expect(lines.at(-1)).toMatch(said);
+  });
+});
+
 /** A layer of a decoder as exporters write it: every norm, rotation, group of heads and product by itself. */
 const layer = (): string => {
   const linear = (y: string, x: string, w: string, columns: number): string =>

@@ -1,7 +1,7 @@
 /** What patterns are written with: looking back from a value to the ops that made it, and saying in words what is not as it should be. */
 import type { Builder } from "../../../ir/build.ts";
 import type { Dim } from "../../../ir/dim.ts";
-import type { Graph, Op, Value } from "../../../ir/graph.ts";
+import type { Graph, Op, Value, Weight } from "../../../ir/graph.ts";
 import { roundTo } from "../../../ir/round.ts";
 import { type DType, dtypeBytes, type TensorType } from "../../../ir/type.ts";
 import { type Flow, flowOf, usesOf } from "../flow.ts";
@@ -75,7 +75,7 @@ export const reshaped = (b: Builder, x: Value, shape: readonly Dim[]): Value =>
     : b.op("reshape", [x], { shape: shape.every((d) => typeof d === "number") ? (shape as number[]) : shape.map(String) });
 
 const working: readonly DType[] = ["f32", "bf16", "f16"];
-const isWorking = (v: Value | undefined): boolean => v?.type.kind === "tensor" && working.includes(v.type.dtype);
+export const isWorking = (v: Value | undefined): boolean => v?.type.kind === "tensor" && working.includes(v.type.dtype);
 
 /** Whether a constant is this number, in f32 or as a shorter float has it. */
 export const isNumber = (x: number | undefined, wanted: number): boolean =>
@@ -90,10 +90,12 @@ export interface Product {
 
 export class Look {
   private readonly flow: Flow;
+  private readonly weights: ReadonlyMap<string, Weight>;
   private readonly literals: ReadonlyMap<string, number>;
 
   constructor(g: Graph) {
     this.flow = flowOf(g);
+    this.weights = new Map(g.weights.map((w) => [w.value.name, w]));
     this.literals = new Map(
       g.weights.flatMap(({ value, source }) =>
         source.kind === "literal" && source.values.length > 0 && source.values.every((x) => x === source.values[0])
@@ -108,6 +110,9 @@ export class Look {
   }
   users(v: Value): readonly Op[] {
     return usesOf(this.flow, v);
+  }
+  weight(v: Value): Weight | undefined {
+    return this.weights.get(v.name);
   }
   isOutput(v: Value): boolean {
     return this.flow.outputs.has(v.name);
