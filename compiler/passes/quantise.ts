@@ -5,9 +5,12 @@
  * An input is quantised once, whatever number of linears take it.
  */
 import { rewrite } from "../../ir/build.ts";
-import type { Graph, StoredSource, Value, WeightSource } from "../../ir/graph.ts";
+import { UserError } from "../../ir/error.ts";
+import type { Graph, StoredSource, Value, Weight, WeightSource } from "../../ir/graph.ts";
 import { isFloat, type KvType, type TensorType, tensor } from "../../ir/type.ts";
 import type { Pass } from "../pass.ts";
+import { numbers } from "../weights/plan.ts";
+import { quantisedValues } from "../weights/values.ts";
 import { contraction } from "./contraction.ts";
 import { withoutDead } from "./dead.ts";
 import { freshNames } from "./flow.ts";
@@ -31,7 +34,17 @@ interface Quantised<S> {
 }
 
 /** Where the codes and scales of a quantised weight come from: the checkpoint's own when its blocks are these. */
-const quantised = (source: WeightSource, to: "e4m3" | "i8", block: readonly [number, number]): Quantised<WeightSource> => {
+const quantised = (
+  { value: { name, type }, source }: Weight,
+  to: "e4m3" | "i8",
+  block: readonly [number, number],
+): Quantised<WeightSource> => {
+  if (source.kind === "literal") {
+    if (!source.values.every(Number.isFinite))
+      throw new UserError(`weight ${name} has a value that is not finite, and is to be quantised; use --precision bf16`);
+    const { codes, scales } = quantisedValues({ shape: numbers(type), data: Float64Array.from(source.values) }, to, block);
+    return { codes: { kind: "literal", values: [...codes.data] }, scales: { kind: "literal", values: [...scales.data] } };
+  }
   if (source.kind !== "stacked") return quantisedMatrix(source, to, block);
   const each = source.of.map((of) => quantisedMatrix(of, to, block));
   return {
@@ -108,7 +121,7 @@ export const quantise = (options: QuantiseOptions): Pass => ({
       const to = codesOf[policy];
       let [w, ws] = stored.get(c.w.name) ?? [];
       if (w === undefined || ws === undefined) {
-        const sources = quantised(weight.source, to, block);
+        const sources = quantised(weight, to, block);
         const scales = [...shape.slice(0, -2), Math.ceil(rows / block[0]), Math.ceil(columns / block[1])];
         w = b.weight(fresh(`${c.w.name}_codes`), tensor(to, shape), sources.codes);
         ws = b.weight(fresh(`${c.w.name}_scales`), tensor("f32", scales), sources.scales);

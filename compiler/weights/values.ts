@@ -5,7 +5,7 @@ import type { Tensor } from "../../ir/tensor.ts";
 import { typeText } from "../../ir/type.ts";
 import type { Checkpoint } from "../frontends/checkpoint.ts";
 import { dtypeOf } from "../frontends/safetensors.ts";
-import { largestCode, quantisedValue } from "./convert.ts";
+import { type CodeType, largestCode, quantisedValue } from "./convert.ts";
 import { asMatrices, numbers } from "./plan.ts";
 import { codeType, partOf, scalesShapeOf, slicedShape, source } from "./recipe.ts";
 import { ropeRows } from "./rope.ts";
@@ -56,22 +56,29 @@ const valuesOf = (checkpoint: Checkpoint | undefined, s: WeightSource): Values =
     case "codes":
     case "scales": {
       const to = codeType(s.to);
-      const x = valuesOf(checkpoint, s.of);
-      const shape = scalesShapeOf(x.shape, s.block);
-      const data = new Float64Array(shape.reduce((n, d) => n * d, 1));
-      x.data.forEach((value, i) => {
-        const b = blockOf(x.shape, s.block, i);
-        data[b] = Math.max(data[b] as number, Math.abs(Math.fround(value)));
-      });
-      const scales = data.map((amax) => {
-        const scale = Math.fround(amax / largestCode[to]);
-        return scale === 0 ? 1 : scale;
-      });
-      if (s.kind === "scales") return cut({ shape, data: scales }, s.slice);
-      const codes = x.data.map((value, i) => quantisedValue(value, scales[blockOf(x.shape, s.block, i)] as number, to));
-      return cut({ shape: x.shape, data: codes }, s.slice);
+      return cut(quantisedValues(valuesOf(checkpoint, s.of), to, s.block)[s.kind], s.slice);
     }
   }
+};
+
+/** The codes and the scales of values, in blocks [rows, columns] of each matrix. */
+export const quantisedValues = (
+  x: Values,
+  to: CodeType,
+  block: readonly [number, number],
+): { readonly codes: Values; readonly scales: Values } => {
+  const shape = scalesShapeOf(x.shape, block);
+  const most = new Float64Array(shape.reduce((n, d) => n * d, 1));
+  x.data.forEach((value, i) => {
+    const b = blockOf(x.shape, block, i);
+    most[b] = Math.max(most[b] as number, Math.abs(Math.fround(value)));
+  });
+  const scales = most.map((amax) => {
+    const scale = Math.fround(amax / largestCode[to]);
+    return scale === 0 ? 1 : scale;
+  });
+  const codes = x.data.map((value, i) => quantisedValue(value, scales[blockOf(x.shape, block, i)] as number, to));
+  return { codes: { shape: x.shape, data: codes }, scales: { shape, data: scales } };
 };
 
 const stored = (checkpoint: Checkpoint | undefined, name: string): Values => {
