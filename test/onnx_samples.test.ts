@@ -109,3 +109,30 @@ describe.each(Object.keys(models))("%s", (name) => {
     }
   }, 120_000);
 });
+
+test("the experts of qwen3_moe are shared out to FFN ranks", async () => {
+  const path = join(folder, "qwen3_moe.onnx");
+  const bundle = join(folder, "ranks.s3");
+  const dim = new Map([
+    ["batch", [1, 2] as const],
+    ["sequence", [1, 16] as const],
+    ["past", [0, 32] as const],
+  ]);
+  await compile(path, { ...defaultOptions, dim, ranks: { attention: 1, ffn: 2 }, out: bundle }, silent);
+  const onFfn = readManifest(bundle).programs.filter((p) => p.role === "ffn");
+  for (const { kernels } of onFfn) expect(kernels.map((k) => k.about).join("\n")).toContain("x f32[3,48,64]");
+  expect(checkBundle(bundle, silent)).toBeTruthy();
+  const given = inputsOf("qwen3_moe", 2, 5, 3);
+  const work = join(folder, "ranks");
+  mkdirSync(work);
+  const input = [...given].map(([key, t]) => {
+    writeNpy(join(work, `${key}.npy`), t);
+    return `${key}=${join(work, `${key}.npy`)}`;
+  });
+  await evalGraph(bundle, { input, out: work }, silent);
+  const [want] = runModels([{ model: (models.qwen3_moe as () => Uint8Array)(), inputs: given }], packageRoot());
+  const reference = (want as ReadonlyMap<string, Tensor>).get("output") as Tensor;
+  const got = readNpy(join(work, "output.npy"), "f32");
+  const error = Math.hypot(...got.data.map((x, j) => x - (reference.data[j] as number)));
+  expect(error).toBeLessThanOrEqual(2e-6 * Math.hypot(...reference.data));
+}, 60_000);

@@ -257,6 +257,8 @@ describe("routed experts", () => {
     /** the lines from the weighted results `z` to `out` */
     readonly sum?: string;
     readonly shares?: string;
+    /** the lines from the probabilities `p32` to `best` and `chosen3` */
+    readonly choice?: string;
     readonly dtype?: string;
     readonly more?: string;
     readonly source?: (name: string, size: number) => string;
@@ -282,9 +284,17 @@ s${e} = reduce(t${e}) {fn: sum}`;
     const lines = rest.map((e, i) => `c${i} = add(${i === 0 ? `z${first}` : `c${i - 1}`}, z${e})`);
     return `${lines.join("\n")}\nout = add(x, c${rest.length - 1})`;
   };
+  const picked = `top, chosen = topk(p32) {k: 2}
+top3 = reshape(top) {shape: [B, S, "2"]}
+best = cast(top3) {to: DTYPE}
+chosen3 = reshape(chosen) {shape: [B, S, "2"]}`;
   const routed = (form: Form = {}): string => {
     const { count = 4, body = (e) => swiglu(e), share = (e) => multiplied(e), dtype = "f32", more = "" } = form;
-    const { shares = "all = reduce(best) {fn: sum}\nshares = div(best, all)", source = (name) => `tensor "${name}"` } = form;
+    const {
+      choice = picked,
+      shares = "all = reduce(best) {fn: sum}\nshares = div(best, all)",
+      source = (name) => `tensor "${name}"`,
+    } = form;
     const numbers = Array.from({ length: count }, (_, e) => e);
     const weight = (name: string, rows: number, columns: number): string =>
       `weight ${name} DTYPE[${rows},${columns}] = ${source(name, rows * columns)}`;
@@ -300,10 +310,7 @@ one = const() {value: 1, dtype: DTYPE}
 rows = reshape(x) {shape: ["B*S", "6"]}
 scores = linear(rows, router) {to: f32}
 p32 = softmax(scores)
-top, chosen = topk(p32) {k: 2}
-top3 = reshape(top) {shape: [B, S, "2"]}
-best = cast(top3) {to: DTYPE}
-chosen3 = reshape(chosen) {shape: [B, S, "2"]}
+${choice}
 ids = cast(chosen3) {to: i64}
 ${shares}
 ${numbers.map((e) => `n${e} = const() {value: ${e}, dtype: i64}\n${share(e)}\n${body(e)}\nz${e} = mul(y${e}, s${e})`).join("\n")}
@@ -344,6 +351,19 @@ s${e} = reshape(v${e}) {shape: [B, S, "1"]}`,
     ["one linear, ReLU, one linear", { body: (e) => perceptron(e, `a${e} = maximum(zero, i${e})`) }, "maximum"],
     ["GELU by tanh", { body: (e) => perceptron(e, `a${e} = gelu(i${e}) {approximate: tanh}`), count: 3 }, "gelu"],
     ["bf16", { dtype: "bf16" }, "silu mul"],
+    [
+      "a router that chooses by other scores than it weights with",
+      {
+        choice: `p3 = reshape(p32) {shape: [B, S, "4"]}
+biased = add(p3, bias)
+most, chosen3 = sort(biased) {descending: true, count: [2]}
+rest = neg(most)
+best = cast(rest) {to: DTYPE}`,
+        more: 'weight bias f32[4] = tensor "bias"',
+      },
+      "silu mul",
+    ],
+    ["a choice that is used elsewhere", { sum: `${chained([0, 1, 2, 3])}\noutput ids\noutput shares` }, "silu mul"],
     ["weights in the text", { source: literals }, "silu mul"],
   ];
   test.each(found)("%s", (_, form, kinds) => {
@@ -376,9 +396,9 @@ s${e} = reshape(v${e}) {shape: [B, S, "1"]}`,
       /of 4 experts that may be chosen, expert 1 is not added$/,
     ],
     [
-      "ids that are no choice of topk",
+      "ids that nothing chose",
       { share: (e) => multiplied(e, "others"), more: "input others i64[B,S,2]" },
-      /experts are those of 'others', which topk did not choose$/,
+      /experts are those of 'others', which no topk or sort chose$/,
     ],
     [
       "an expert with shares of its own",

@@ -1,6 +1,6 @@
 /**
- * Finds in graphs that were exported in pieces what the pieces were: norms, activations, softmax, rotary embeddings, attention. Results are
- * the same within the rounding of their dtype: an op rounds once where pieces rounded several times.
+ * Finds in graphs that were exported in pieces what the pieces were: norms, activations, softmax, rotary embeddings, attention, routed
+ * experts. Results are the same within the rounding of their dtype: an op rounds once where pieces rounded several times.
  */
 import { type Builder, rewrite } from "../../ir/build.ts";
 import type { Graph, Op, Value } from "../../ir/graph.ts";

@@ -6,7 +6,7 @@ import type { Attrs } from "../../../ir/attr.ts";
 import type { Builder } from "../../../ir/build.ts";
 import { type Dim, product } from "../../../ir/dim.ts";
 import { isStored, type Op, type Value, type Weight, type WeightSource } from "../../../ir/graph.ts";
-import { tensor } from "../../../ir/type.ts";
+import { type DType, type TensorType, tensor } from "../../../ir/type.ts";
 import { cast, either, isWorking, type Look, miss, near, type Pattern, pattern, reshaped, shapeOf, typeOf } from "./look.ts";
 
 /** Something found, and the ops between it and where the look began. */
@@ -41,6 +41,7 @@ const made = (g: Look, v: Value, kinds: readonly string[], what: string): Throug
   return { found: op, ops: [...ops, op] };
 };
 
+const rowsOf = (v: Value): Dim => product(shapeOf(v).slice(0, -1));
 const isSameShape = (a: Value, b: Value): boolean => String(shapeOf(a)) === String(shapeOf(b));
 
 /** Where the chosen experts are this one. */
@@ -53,8 +54,7 @@ const equality = (g: Look, op: Op | undefined): Through<Chosen> => {
   return g.both(op, (x, y) => {
     const expert = g.number(y) ?? miss(`'${y.name}' is no number of an expert`);
     if (!isSameShape(x, op.outputs[0] as Value)) miss(`'${x.name}' is repeated along axes`);
-    const { found: ids, ops } = before(g, x, isIndexCast);
-    return { found: { ids, expert }, ops: [op, ...ops] };
+    return { found: { ids: before(g, x, isIndexCast).found, expert }, ops: [op] };
   });
 };
 /** 1 where an expert is chosen, else 0 */
@@ -170,7 +170,7 @@ const addends = (g: Look, whole: Value): Through<readonly Value[]> => {
 /** Weights of all experts, one matrix after another. */
 interface Stack {
   readonly name: string;
-  readonly type: Weight["value"]["type"];
+  readonly type: TensorType;
   readonly source: WeightSource;
 }
 const stack = (g: Look, linears: readonly Op[], what: string): Stack => {
@@ -188,7 +188,7 @@ const stack = (g: Look, linears: readonly Op[], what: string): Stack => {
   if (Math.max(literal.length, stored.length) < sources.length) miss(`the ${what}s of experts are of different kinds`);
   return {
     name: `${first.value.name}_experts`,
-    type: { ...tensor(dtype, [sources.length, ...shape]), kind: "tensor" },
+    type: tensor(dtype, [sources.length, ...shape]),
     source: literal.length > 0 ? { kind: "literal", values: literal.flat() } : { kind: "stacked", of: stored },
   };
 };
@@ -207,12 +207,12 @@ interface Experts {
 /** Numbers of experts as text. */
 const listed = (numbers: readonly number[]): string => `expert${numbers.length === 1 ? "" : "s"} ${numbers.join(", ")}`;
 
-/** How many experts there are, where ids are a choice of `topk`. */
+/** How many experts there are, where ids are the places of what comes first in each token's row of scores. */
 const expertsOf = (g: Look, ids: Value): number | undefined => {
   const choice = g.maker(ids);
-  const size =
-    choice?.kind === "topk" && choice.outputs[1]?.name === ids.name ? shapeOf(choice.inputs[0] as Value)[1] : undefined;
-  return typeof size === "number" ? size : undefined;
+  const isChoice = (choice?.kind === "topk" || choice?.kind === "sort") && choice.outputs[1]?.name === ids.name;
+  const size = isChoice ? shapeOf(choice.inputs[0] as Value).at(-1) : undefined;
+  return typeof size === "number" && typeof shapeOf(ids).at(-1) === "number" ? size : undefined;
 };
 
 /** The weighted experts, in their order, and what else is added. */
@@ -240,7 +240,7 @@ const sumOf = (g: Look, op: Op): Sum => {
     if (ids !== undefined && expertsOf(g, ids) !== undefined) break;
   }
   if (ids === undefined) return miss("no addend is something times the share of an expert");
-  const size = expertsOf(g, ids) ?? incomplete(`experts are those of '${ids.name}', which topk did not choose`);
+  const size = expertsOf(g, ids) ?? incomplete(`experts are those of '${ids.name}', which no topk or sort chose`);
   // long sums are looked at once
   if (goesOn && parts.length < size) return miss("the sum goes on");
 
@@ -281,9 +281,9 @@ const mixture = (g: Look, op: Op): Experts => {
     const bodies = experts.map(({ found }, e) => body(g, found.y, e));
     checkAlike(bodies.map((b) => b.found));
     const first = (bodies[0] as Through<Body>).found;
-    const [tokens, chosen] = shapeOf(ids) as readonly [Dim, Dim];
-    if (shapeOf(first.x)[0] !== tokens) miss("experts have other rows than their choice");
-    if (shapeOf(shares).at(-1) !== chosen || product(shapeOf(shares).slice(0, -1)) !== tokens)
+    const [tokens] = shapeOf(first.x);
+    if (rowsOf(ids) !== tokens) miss("experts have other rows than their choice");
+    if (rowsOf(shares) !== tokens || shapeOf(shares).at(-1) !== shapeOf(ids).at(-1))
       miss("shares have other rows than the choice");
     const inner = new Set([...ops, ...[...experts, ...bodies].flatMap((part) => part.ops)]);
     for (const v of [...inner].flatMap((within) => within.outputs))
@@ -304,15 +304,16 @@ const built = (
   { body: { x, act, attrs, gate: like }, ids, shares, gate, up, down, others }: Experts,
   op: Op,
 ): Value => {
-  const grouped = (rows: Value, { name, type, source }: Stack, to: string): Value =>
-    b.op("grouped_linear", [cast(b, rows, type.dtype), b.weight(b.unused(name), type, source), ids], { to });
+  const pairs = [rowsOf(ids), shapeOf(ids).at(-1) as Dim];
+  const [choice, weights] = [reshaped(b, ids, pairs), cast(b, reshaped(b, shares, pairs), "f32")];
+  const grouped = (rows: Value, { name, type, source }: Stack, to: DType): Value =>
+    b.op("grouped_linear", [cast(b, rows, type.dtype), b.weight(b.unused(name), type, source), choice], { to });
   const { dtype } = typeOf(like.outputs[0] as Value);
   const gated = grouped(x, gate, dtype);
   const active = act === "maximum" ? b.op("maximum", [gated, b.op("const", [], { value: 0, dtype })]) : b.op(act, [gated], attrs);
   const inner = up === undefined ? active : b.op("mul", [active, grouped(x, up, dtype)]);
-  const weights = cast(b, reshaped(b, shares, shapeOf(ids)), "f32");
+  const sum = b.op("combine", [grouped(inner, down, "f32"), choice, weights]);
   const [out] = op.outputs as readonly [Value];
-  const sum = b.op("combine", [grouped(inner, down, "f32"), ids, weights]);
   return others.reduce(
     (total, v) => b.op("add", [cast(b, v, typeOf(out).dtype), total]),
     reshaped(b, cast(b, sum, typeOf(out).dtype), shapeOf(out)),
