@@ -13,7 +13,7 @@ if [ ! -f node_modules/.package-lock.json ] || [ package-lock.json -nt node_modu
   # not `npm ci`: it refuses a lock file made where a registry lacks the binaries of some other platform
   npm install --no-save --no-audit --no-fund
 fi
-if [ ! -f dist/compiler/cli.js ] || [ -n "$(find ir compiler backends runtime package.json tsconfig.json tsconfig.build.json -newer dist/compiler/cli.js \( -name '*.ts' -o -name '*.json' \) -print -quit)" ]; then
+if [ ! -f dist/compiler/cli.js ] || [ -n "$(find ir compiler backends runtime bench samples test/gpu package.json tsconfig.json tsconfig.build.json -newer dist/compiler/cli.js \( -name '*.ts' -o -name '*.json' \) -print -quit)" ]; then
   rm -rf dist
   npm run --silent build
 fi

@@ -142,9 +142,10 @@ export {
   placeOf,
   quantisedColumns,
 } from "./contraction.ts";
-export { walkOf } from "./nest.ts";
+export { perTokenOf, rowsText } from "./nest.ts";
 export { type Producers, producersOf, recognise } from "./recognise.ts";
 export { dialect, scalarHeader, storage } from "./scalar.ts";
+export { type SdpaPlan, sdpaPlan } from "./sdpa.ts";
 export { Sizes } from "./sizes.ts";
 export { compileTemplate, loadTemplate, loadText, sourceFile, type Template } from "./template.ts";
 export { tensorKernels } from "./tensors.ts";

@@ -509,6 +509,38 @@ const matmul = (op: Op, sizes: Sizes): Planned | undefined => {
   return { about: aboutOf("matmul", op), context };
 };
 
+/** What starts a reduction, and how one more element, or the result of another lane, is taken in. */
+const reductions: Readonly<Record<string, { readonly start: number; readonly both: string }>> = {
+  sum: { start: 0, both: dialect.binary.add },
+  mean: { start: 0, both: dialect.binary.add },
+  prod: { start: 1, both: dialect.binary.mul },
+  max: { start: Number.NEGATIVE_INFINITY, both: dialect.binary.max },
+  min: { start: Number.POSITIVE_INFINITY, both: dialect.binary.min },
+  amax: { start: 0, both: dialect.binary.max },
+};
+
+/** Reductions of a last axis whose size only a launch knows: row kernels have numbers for columns. */
+const reduce = (op: Op, sizes: Sizes): Planned | undefined => {
+  const fn = String(op.attrs.fn);
+  const found = reductions[fn];
+  if (op.kind !== "reduce" || found === undefined || integer(op, "group", 0) !== 0) return undefined;
+  const { dtype, shape } = typeOf(op.inputs, 0);
+  const columns = shape.at(-1);
+  if (typeof columns !== "string") return undefined;
+  const lead = shape.slice(0, -1);
+  const element = loadElement(dialect, dtype, "in_row", "i + j");
+  const context = {
+    arguments: argumentsOf(op),
+    ...rowsText(sizes, lead, perTokenOf(lead[0], [shape]), "1", 1),
+    columns: sizes.text(columns),
+    start: dialect.literal(found.start, true),
+    load: fn === "amax" ? fill(dialect.unary.abs, `(double)(${element})`) : element,
+    both: fill(found.both, "so", "x"),
+    store: storeElement(dialect, dtype, "out0", "r.row", fn === "mean" ? "so / (double)columns" : "so"),
+  };
+  return { about: aboutOf(`reduce by ${fn}`, op), context };
+};
+
 /** The templates of a target, to be tried after those of rows: what these do well is left to them. */
 export const tensorKernels = (to: TensorTarget): readonly KernelTemplate[] =>
-  Object.entries({ nest, put, matmul, cumulate, sort }).map(([name, plan]) => tensorKernel(name, to, plan));
+  Object.entries({ nest, put, matmul, reduce, cumulate, sort }).map(([name, plan]) => tensorKernel(name, to, plan));

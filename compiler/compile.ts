@@ -1,7 +1,6 @@
 /** The whole compiler on one page: source -> Graph -> (passes) -> Graph -> schedule -> Schedule -> emit -> Bundle. */
 import type { Backend, KvLayout } from "../backends/backend.ts";
 import { loadBackend } from "../backends/index.ts";
-import { tokenSymbol } from "../ir/dim.ts";
 import { UserError } from "../ir/error.ts";
 import type { Graph } from "../ir/graph.ts";
 import { printGraph } from "../ir/print.ts";
@@ -9,7 +8,7 @@ import type { Schedule } from "../ir/schedule.ts";
 import { printSchedule } from "../ir/schedule_text.ts";
 import type { KvType } from "../ir/type.ts";
 import { type Emission, emit, type Role, roleOf, runsOn, type Side } from "./emit.ts";
-import { type Model, readModel, resume } from "./model.ts";
+import { type Model, readModel, resume, rowsOf } from "./model.ts";
 import { packBundle } from "./pack.ts";
 import { runPasses } from "./pass.ts";
 import { passes } from "./passes/index.ts";
@@ -159,9 +158,6 @@ const makeSchedules = (
     ? [one("prefill", 0, prefillRows, options.microBatches), one("decode", 1, decodeRows(options), options.microBatches)]
     : [one("main", 0, rowsOf(emission.graph), split ? options.microBatches : 1)];
 };
-
-/** Most rows of a graph that is run once; passes may give it some. */
-const rowsOf = (graph: Graph): number => graph.symbols.find((s) => s.name === tokenSymbol)?.max ?? 1;
 
 const missing = (weight: string): never => {
   throw new Error(`the schedule asks for weight ${weight}, which the graph does not have`);

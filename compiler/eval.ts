@@ -15,6 +15,7 @@ import type { Tensor } from "../ir/tensor.ts";
 import { type DType, type TensorType, tensor } from "../ir/type.ts";
 import { readJson, readManifest } from "./bundle.ts";
 import { compile, defaultOptions } from "./compile.ts";
+import { printable } from "./frontends/json.ts";
 import { importFor } from "./frontends/onnx/import.ts";
 import { onnxDType } from "./frontends/onnx/types.ts";
 import { readOnnx } from "./frontends/onnx.ts";
@@ -45,8 +46,12 @@ export const evalGraph = async (path: string, options: EvalOptions, progress: Pr
   mkdirSync(options.out, { recursive: true });
   const names = [...outputs].map(([name, tensor]) => {
     const file = join(options.out, `${name.replaceAll("/", "_")}.npy`);
-    writeNpy(`${file}.part`, tensor);
-    renameSync(`${file}.part`, file);
+    try {
+      writeNpy(`${file}.part`, tensor);
+      renameSync(`${file}.part`, file);
+    } catch (error) {
+      throw new UserError(`output '${printable(name)}': ${(error as Error).message}`);
+    }
     return file;
   });
   return `${names.join("\n")}\n`;
@@ -94,9 +99,25 @@ const evalModel = async (path: string, options: EvalOptions, progress: Progress)
   const symbols = symbolsOf(graph.symbols, boundOf(graph.inputs, inputs));
   const outputs =
     target === "reference"
-      ? evaluate(graph, inputs, weight, new Map(graph.states.map((v) => [v.name, kvState()])), symbols)
+      ? onReference(path, graph, inputs, weight, symbols)
       : await onTarget(source(), graph, inputs, { ...options, target }, progress);
   return new Map([...outputs].map(([name, tensor]) => [nameOf(name), tensor]));
+};
+
+/** Puts the file in front of what is wrong. */
+const onReference = (
+  path: string,
+  graph: Graph,
+  inputs: ReadonlyMap<string, Tensor>,
+  weight: (w: Weight) => Tensor,
+  symbols: Symbols,
+): Map<string, Tensor> => {
+  try {
+    return evaluate(graph, inputs, weight, new Map(graph.states.map((v) => [v.name, kvState()])), symbols);
+  } catch (error) {
+    if (!(error instanceof UserError) || error.message.startsWith(path)) throw error;
+    throw new UserError(`${path}: ${error.message}`, error.exitCode);
+  }
 };
 
 const evalBundle = async (bundle: string, options: EvalOptions, progress: Progress): Promise<Map<string, Tensor>> => {

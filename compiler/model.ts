@@ -26,8 +26,6 @@ export interface Model {
   readonly facts: ModelFacts;
   /** a language model has prefill and decode rounds over a KV cache; another graph is run once */
   readonly language: boolean;
-  /** most rows of a slot */
-  readonly rows: number;
   readonly maxContext: number;
   /** KV pages of one attention rank, the zero page included */
   readonly pages: number;
@@ -76,7 +74,6 @@ const readCheckpoint = (path: string, options: ModelOptions, layout: (type: KvTy
       name: basename(resolve(directory)),
       facts: model.facts,
       language: true,
-      rows: maxRows,
       maxContext,
       pages: 1 + options.maxBatch * maxPages,
       ...(model.checkpoint ? { checkpoint: model.checkpoint } : {}),
@@ -89,6 +86,9 @@ const readCheckpoint = (path: string, options: ModelOptions, layout: (type: KvTy
     throw error;
   }
 };
+
+/** Most rows of a graph that is run once; passes may give it some. */
+export const rowsOf = (graph: Graph): number => graph.symbols.find((s) => s.name === tokenSymbol)?.max ?? 1;
 
 /** A graph made of an ONNX model. Weights that are not in the graph's text go through a file of their own, as a checkpoint's do. */
 export const onnxModel = (
@@ -107,14 +107,13 @@ export const onnxModel = (
     }));
     if (entries.length > 0) writeSafetensors(join(directory, "model.safetensors"), entries);
     const checkpoint = entries.length > 0 ? openCheckpoint(directory) : undefined;
-    const rows = graph.symbols.find((s) => s.name === "T")?.max ?? 1;
+    const rows = rowsOf(graph);
     const renamed = [...names].filter(([own, name]) => own !== name);
     return {
       graph,
       name: basename(path, ".onnx"),
       facts: { name: graph.name, ...(renamed.length > 0 ? { names: Object.fromEntries(renamed) } : {}) },
       language: false,
-      rows,
       maxContext: rows,
       pages: 1 + options.maxBatch * rows,
       ...(checkpoint ? { checkpoint } : {}),
@@ -143,13 +142,12 @@ const readGraph = (path: string, options: ModelOptions): Model => {
     throw new UserError(
       `${path}: weight ${stored.value.name} is in a checkpoint, and a graph has none; write its values in the text, or compile with --no-weights`,
     );
-  const rows = graph.symbols.find((s) => s.name === tokenSymbol)?.max ?? 1;
+  const rows = rowsOf(graph);
   return {
     graph,
     name: basename(path, ".step3"),
     facts: { name: graph.name },
     language: false,
-    rows,
     maxContext: rows,
     pages: 1 + options.maxBatch * rows,
     configuration: text,

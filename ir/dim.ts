@@ -1,3 +1,5 @@
+import { UserError } from "./error.ts";
+
 /**
  * Dimensions. A dim is a non-negative integer, or the canonical text of an integer expression over declared symbols:
  * sums of products with integer coefficients, and floor division by a positive constant, such as `3*T`, `T+1` or `(T+127)/128`.
@@ -36,6 +38,9 @@ const plus = (a: Polynomial, b: Polynomial, sign: 1 | -1): Polynomial => {
   return sum;
 };
 
+/** Products of sums grow fast. */
+const mostTerms = 1000;
+
 const times = (a: Polynomial, b: Polynomial): Polynomial => {
   const product = new Map<string, number>();
   for (const [ma, ca] of a)
@@ -44,6 +49,7 @@ const times = (a: Polynomial, b: Polynomial): Polynomial => {
       const c = (product.get(monomial) ?? 0) + ca * cb;
       if (c === 0) product.delete(monomial);
       else product.set(monomial, c);
+      if (product.size > mostTerms) throw new UserError(`a size is a sum of more than ${mostTerms} products`);
     }
   return product;
 };
@@ -66,6 +72,7 @@ const splitAtoms = (monomial: string): string[] => {
 };
 
 const render = (p: Polynomial): Dim => {
+  for (const c of p.values()) if (!Number.isSafeInteger(c)) throw new UserError("a size has a factor beyond 2^53");
   const constantTerm = p.get("") ?? 0;
   const monomials = [...p.keys()].filter((m) => m !== "").sort();
   if (monomials.length === 0) return constantTerm;

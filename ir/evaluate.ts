@@ -43,8 +43,41 @@ export const evaluate = (
     if (missing.length > 0) unbound(missing, pairs);
   }
   const values = new Map<string, Datum>(pairs.map(({ name, datum }) => [name, datum]));
-  interpret(graph.ops, values, bound, knowledge, observe);
+  const forget = forgetting(graph, values);
+  interpret(graph.ops, values, bound, knowledge, (op, results) => {
+    observe?.(op, results);
+    forget(op);
+  });
   return new Map(graph.outputs.map((v) => [v.name, values.get(v.name) as Tensor]));
+};
+
+/** Elements of all results that are still needed: as doubles they are 512 MiB. */
+const mostKept = 2 ** 26;
+
+/** Drops values after their last use, and throws a UserError when results that are still needed are too many. */
+const forgetting = (graph: Graph, values: Map<string, Datum>): ((op: Op) => void) => {
+  const last = new Map<string, Op>();
+  for (const op of graph.ops) for (const v of [...op.outputs, ...op.inputs]) last.set(v.name, op);
+  const kept = new Set(graph.outputs.map((v) => v.name));
+  const made = new Set<string>();
+  let count = 0;
+  const size = (name: string): number => {
+    const datum = values.get(name);
+    return made.has(name) && datum?.kind === "tensor" ? datum.data.length : 0;
+  };
+  return (op) => {
+    for (const { name } of op.outputs) {
+      made.add(name);
+      count += size(name);
+    }
+    if (count > mostKept)
+      throw new UserError(`graph '${graph.name}': results of ${count} elements at once, and the interpreter holds ${mostKept}`);
+    for (const { name } of [...op.outputs, ...op.inputs]) {
+      if (kept.has(name) || last.get(name) !== op) continue;
+      count -= size(name);
+      values.delete(name);
+    }
+  };
 };
 
 /** The weight of a graph that has its values in its text. */

@@ -4,9 +4,10 @@ import { join } from "node:path";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import { readManifest } from "../compiler/bundle.ts";
 import { inspect } from "../compiler/inspect.ts";
+import { readNpy, writeNpy } from "../compiler/npy.ts";
 import { silent } from "../compiler/progress.ts";
 import { qualificationsOf, qualify } from "../compiler/qualification.ts";
-import { isPlain, step3c } from "./cli.ts";
+import { isPlain, type Outcome, step3c } from "./cli.ts";
 import { compileSample, heldout, sample, vocabulary, workspace } from "./sample.ts";
 
 const work = workspace("cli");
@@ -178,6 +179,44 @@ describe("run", () => {
     writeFileSync(join(out, "COMPLETE"), "0000\n");
     expect(qualificationsOf(out)).toEqual([]);
     expect(inspect(out)).toMatch(/not built here since it was compiled/);
+  });
+});
+
+describe("eval", () => {
+  test("of a bundle: sizes from the inputs, exit 1 with input, axis, size and limit beyond what it was compiled for", () => {
+    const [graph, built, out] = ["sizes.step3", "sizes.s3", "sizes.out"].map((f) => join(work.path, f)) as [
+      string,
+      string,
+      string,
+    ];
+    writeFileSync(graph, "graph g symbol B 1..4 host symbol S 1..6 host input x f32[B,S] y f32[B,S] = neg(x) output y\n");
+    expect(step3c(["compile", graph, "--out", built]).code).toBe(0);
+    const of = (target: string, rows: number, columns: number, flags: string[] = []): Outcome => {
+      const file = join(work.path, "x.npy");
+      const data = Float64Array.from({ length: rows * columns }, (_, i) => i);
+      writeNpy(file, { kind: "tensor", dtype: "f32", shape: [rows, columns], data });
+      return step3c(["eval", target, "--input", `x=${file}`, "--out", out, ...flags]);
+    };
+    for (const [rows, columns] of [
+      [1, 6],
+      [4, 1],
+    ] as const) {
+      const outcome = of(built, rows, columns);
+      expect([outcome.code, outcome.out], outcome.err).toEqual([0, `${join(out, "y.npy")}\n`]);
+      const y = readNpy(join(out, "y.npy"), "f32");
+      expect([y.shape, [...y.data]]).toEqual([[rows, columns], Array.from(y.data, (_, i) => -i)]);
+    }
+    for (const target of [built, graph]) {
+      const beyond = of(target, 5, 1);
+      expect([beyond.code, isPlain(beyond)]).toEqual([1, true]);
+      expect(beyond.err).toBe("step3c: input 'x' has size 5 on axis 0 (B); B is at least 1 and at most 4\n");
+    }
+    expect(of(built, 1, 1, ["--target", "reference"])).toMatchObject({
+      code: 2,
+      err: expect.stringMatching(/compiled for its target/),
+    });
+    const model = step3c(["eval", bundle, "--out", out]);
+    expect([model.code, model.err]).toEqual([1, expect.stringMatching(/the bundle of a language model; run it with step3c run/)]);
   });
 });
 

@@ -425,6 +425,20 @@ describe("evaluation of a graph", () => {
       for (const text of ["B", "B=", "=1", "B=1,,S=2", "B=1,B=1", "B=-1", "B=1,"]) expect(given(text).code).toBe(2);
     });
 
+    it("rows that other symbols define must be theirs", () => {
+      const bundle = makeSizesBundle();
+      bundle.schedules = bundle.schedules.map((s) => ({
+        ...s,
+        symbols: s.symbols.map((x) => (x.name === "T" ? { ...x, is: "B-1" } : x)),
+      }));
+      const path = writeBundle(folder(), bundle);
+      expect(at(path, { B: 3, T: 2, S: 2, P: 1 }).result).toMatchObject({ code: 0, stderr: "" });
+      expect(at(path, { B: 3, T: 3, S: 2, P: 1 }).result).toMatchObject({
+        code: 1,
+        stderr: expect.stringMatching(/symbol T is given as 3, and is B-1 = 2/),
+      });
+    });
+
     it("a size that comes out negative is refused", () => {
       const bundle = makeSizesBundle();
       const [program] = bundle.schedules[0]?.programs ?? [];

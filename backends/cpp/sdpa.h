@@ -2,8 +2,7 @@
  * Attention of heads that lie in memory as tensors. A block of queries that share a head of k and v meets the keys some at a time, with a
  * running maximum and sum for each query: no matrix of scores in memory.
  *
- * Scores are products of rows of k with panels whose columns are queries, so that the softmax goes down columns, all of a panel's at once;
- * values are products of rows of weights with panels of v. Blocks and the order of sums depend on sizes alone, not on the threads.
+ * Scores are products of rows of k with panels whose columns are queries, so that the softmax goes down columns, all queries at once. Blocks and the order of sums depend on sizes alone, not on the threads.
  */
 #ifndef S3_SDPA_H
 #define S3_SDPA_H
@@ -46,8 +45,7 @@ struct sdpa_block {
   alignas(64) float q[panels][dim * columns_of_panel]; /* panels: dimension by queries */
   alignas(64) float k[tile * dim];
   alignas(64) float v[out / 16][tile * columns_of_panel]; /* panels: key by columns */
-  alignas(64) float scores[tile * width];
-  alignas(64) float weights[width * tile];
+  alignas(64) float scores[tile * width]; /* key by queries; then what values count */
   alignas(64) float values[width * out]; /* sums, relative to the maximum */
   alignas(64) float maximum[width], kept[width], total[width];
   int64_t seen[width];
@@ -60,16 +58,27 @@ void add_values(sdpa_block<Dim, Out> &s, int64_t first, int64_t count) {
   constexpr int P = panels_in_registers(M);
   constexpr int64_t all = block::out / 16;
   for (int64_t n = 0; n < all; n += P) {
-    const uint8_t *panels[P];
+    const float *panels[P];
     vec acc[M][P * parts];
     for (int p = 0; p < P; ++p) {
       const int64_t panel = least(n + p, all - 1);
-      panels[p] = reinterpret_cast<const uint8_t *>(s.v[panel]);
+      panels[p] = s.v[panel];
       for (int m = 0; m < M; ++m)
         for (int i = 0; i < parts; ++i)
           acc[m][p * parts + i] = load(s.values + (first + m) * block::out + panel * 16 + i * lanes) * set(s.kept[first + m]);
     }
-    multiply<f32_panel, M, P, 0>(s.weights + first * block::tile, block::tile, 16, panels, count, acc);
+    for (int64_t j = 0; j < count; ++j) {
+      const float *const weights = s.scores + j * block::width + first;
+      vec w[P * parts];
+#pragma GCC unroll 32
+      for (int i = 0; i < P * parts; ++i) w[i] = load(panels[i / parts] + j * 16 + i % parts * lanes);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) {
+        const vec weight = set(weights[m]);
+#pragma GCC unroll 32
+        for (int i = 0; i < P * parts; ++i) acc[m][i] = fma(weight, w[i], acc[m][i]);
+      }
+    }
     for (int p = 0; p < P && n + p < all; ++p)
       for (int m = 0; m < M; ++m)
         for (int i = 0; i < parts; ++i) store(s.values + (first + m) * block::out + (n + p) * 16 + i * lanes, acc[m][p * parts + i]);
@@ -103,42 +112,41 @@ void attend_keys(sdpa_block<Dim, Out> &s, const X *k, const X *v, int64_t key, i
       for (int i = 0; i < P * parts; ++i) store(s.scores + (j + m) * W + i * lanes, acc[m][i]);
   }
 
-  for (int64_t j = 0; j < count; ++j) {
-    float *const row = s.scores + j * W;
-    for (int64_t n = 0; n < W; ++n) row[n] *= scale;
-    if (softcap != 0)
-      for (int64_t n = 0; n < W; ++n) row[n] = softcap * hyperbolic_tangent(row[n] / softcap);
-  }
+  for (int64_t i = 0; i < count * W; ++i) s.scores[i] *= scale;
+  if (softcap != 0)
+    for (int64_t i = 0; i < count * W; ++i) s.scores[i] = softcap * hyperbolic_tangent(s.scores[i] / softcap);
   for (int64_t n = 0; n < queries; ++n) {
-    if constexpr (sizeof(B) == sizeof(float)) {
-      if (bias[n] != nullptr)
-        for (int64_t j = 0; j < count; ++j) s.scores[j * W + n] += value(bias[n][(key + j) * bias_step]);
-    } else
-      for (int64_t j = 0; j < count; ++j)
-        if (bias[n][(key + j) * bias_step] == 0) s.scores[j * W + n] = -infinity;
+    if (bias[n] != nullptr)
+      for (int64_t j = 0; j < count; ++j) {
+        const B more = bias[n][(key + j) * bias_step];
+        if constexpr (sizeof(B) == sizeof(float))
+          s.scores[j * W + n] += more;
+        else if (more == 0)
+          s.scores[j * W + n] = -infinity;
+      }
     for (int64_t j = s.seen[n] > key ? s.seen[n] - key : 0; j < count; ++j) s.scores[j * W + n] = -infinity;
   }
 
-  alignas(64) float base[W];
-  for (int64_t n = 0; n < W; ++n) base[n] = s.maximum[n];
-  for (int64_t j = 0; j < count; ++j)
-    for (int64_t n = 0; n < W; ++n) base[n] = larger_of(base[n], s.scores[j * W + n]);
-  for (int64_t n = 0; n < W; ++n) {
-    const float now = base[n];
-    base[n] = pick(now == -infinity, 0.0f, now); /* nothing seen yet */
-    s.kept[n] = pick(s.maximum[n] == -infinity, 0.0f, exponential_of(s.maximum[n] - base[n]));
-    s.maximum[n] = now;
-    s.total[n] *= s.kept[n];
+  /* the loops below are over queries, side by side, in copies that the compiler knows to be apart */
+  alignas(64) float maximum[W], base[W], total[W] = {};
+  memcpy(maximum, s.maximum, sizeof maximum);
+  for (int64_t j = 0; j < count; ++j) {
+    const float *const row = s.scores + j * W;
+    for (int64_t n = 0; n < W; ++n) maximum[n] = larger_of(maximum[n], row[n]);
   }
+  for (int64_t n = 0; n < W; ++n) base[n] = pick(maximum[n] == -infinity, 0.0f, maximum[n]); /* nothing seen yet */
+  for (int64_t n = 0; n < W; ++n) s.kept[n] = pick(s.maximum[n] == -infinity, 0.0f, exponential_of(s.maximum[n] - base[n]));
   for (int64_t j = 0; j < count; ++j) {
     float *const row = s.scores + j * W;
+    S3_INDEPENDENT
     for (int64_t n = 0; n < W; ++n) {
-      row[n] = pick(row[n] == -infinity, 0.0f, exponential_of(row[n] - base[n]));
-      s.total[n] += row[n];
+      const float power = exponential_of(row[n] - base[n]);
+      row[n] = pick(row[n] == -infinity, 0.0f, power);
     }
+    for (int64_t n = 0; n < W; ++n) total[n] += row[n];
   }
-  for (int64_t n = 0; n < queries; ++n)
-    for (int64_t j = 0; j < block::tile; ++j) s.weights[n * block::tile + j] = j < count ? s.scores[j * W + n] : 0.0f;
+  for (int64_t n = 0; n < W; ++n) s.total[n] = s.total[n] * s.kept[n] + total[n];
+  memcpy(s.maximum, maximum, sizeof maximum);
 
   int64_t first = 0;
   for (; queries - first >= most_rows; first += most_rows) add_values<most_rows>(s, first, count);

@@ -10,6 +10,7 @@ import { attentionKernels, kv } from "./attention.ts";
 import { linearKernels } from "./linear.ts";
 import { routeKernel } from "./route.ts";
 import { rowKernel } from "./rows.ts";
+import { sdpaKernel } from "./sdpa.ts";
 
 const backend: Backend = {
   name: "cuda",
@@ -20,6 +21,7 @@ const backend: Backend = {
   kernels: [
     ...linearKernels,
     ...attentionKernels,
+    sdpaKernel,
     appendKernel,
     routeKernel,
     ...tokenKernels(new URL(import.meta.url)),

@@ -243,12 +243,29 @@ export const functionName = (domain: string, name: string, overload: string): st
 const mend = "the file is damaged, or holds something else: export the model again";
 const newestIr = 13;
 const mostElements = 2 ** 40;
+const mostAxes = 64;
 
 const list = (m: Message, name: string): readonly Message[] => (m.get(name) as readonly Message[] | undefined) ?? [];
 const text = (m: Message, name: string): string => (m.get(name) as string | undefined) ?? "";
 const texts = (m: Message, name: string): readonly string[] => (m.get(name) as readonly string[] | undefined) ?? [];
 const entriesOf = (m: Message, name: string): ReadonlyMap<string, string> =>
   new Map(list(m, name).map((e) => [text(e, "key"), text(e, "value")]));
+
+/** Names of values: of a graph, and of those around it. */
+class Names {
+  private readonly own: Set<string> = new Set();
+  private readonly outer: Names | undefined;
+
+  constructor(outer?: Names) {
+    this.outer = outer;
+  }
+  add(name: string): void {
+    this.own.add(name);
+  }
+  has(name: string): boolean {
+    return this.own.has(name) || this.outer?.has(name) === true;
+  }
+}
 
 /** Places within places are long. */
 const longestPlace = 600;
@@ -275,6 +292,7 @@ class Reader {
   }
 
   private dims(dims: BigInt64Array, place: string): readonly number[] {
+    if (dims.length > mostAxes) this.fail(place, `${dims.length} axes, more than ${mostAxes}`);
     let count = 1n;
     for (const d of dims) {
       if (d < 0n) this.fail(place, `a dimension of ${d}`);
@@ -361,6 +379,7 @@ class Reader {
     if (tensor === undefined) return { kind: (kind ?? "unknown") as OnnxType["kind"], dtype: undefined, shape: undefined };
     const shape = tensor.get("shape") as Message | undefined;
     const dims = shape && list(shape, "dim");
+    if (dims !== undefined && dims.length > mostAxes) this.fail(place, `${dims.length} axes, more than ${mostAxes}`);
     return {
       kind: kind as OnnxType["kind"],
       dtype: this.dtype(tensor.get("elem_type"), place)[0],
@@ -378,7 +397,7 @@ class Reader {
     return { name, type: this.type(m.get("type") as Message | undefined, `${place} '${name}'`) };
   }
 
-  private attribute(m: Message, place: string, outer: ReadonlySet<string>): OnnxAttribute {
+  private attribute(m: Message, place: string, outer: Names): OnnxAttribute {
     const reference = text(m, "ref_attr_name");
     if (reference !== "") return { kind: "reference", value: reference };
     const kinds = [
@@ -433,7 +452,7 @@ class Reader {
     }
   }
 
-  node(m: Message, place: string, outer: ReadonlySet<string>): OnnxNode {
+  node(m: Message, place: string, outer: Names): OnnxNode {
     const [name, op, domain] = [text(m, "name"), text(m, "op_type"), text(m, "domain")];
     const where = `${place}${name === "" ? "" : ` '${name}'`} (${domain === "" ? "" : `${domain}.`}${op})`;
     if (op === "") this.fail(where, "a node without op_type");
@@ -457,8 +476,8 @@ class Reader {
   }
 
   /** `outer`: names of values that graphs around this one have. */
-  graph(m: Message, place: string, outer: ReadonlySet<string>): OnnxGraph {
-    const known = new Set(outer);
+  graph(m: Message, place: string, outer: Names): OnnxGraph {
+    const known = new Names(outer);
     const own = new Set<string>();
     const initialisers = new Map<string, OnnxTensor>();
     for (const [i, t] of list(m, "initializer").entries()) {
@@ -491,7 +510,7 @@ class Reader {
   }
 
   /** `known`: values that the nodes may read; `own`: those that they may not make again. Both grow by what the nodes make. */
-  private nodes(m: Message, place: string, known: Set<string>, own: Set<string>): readonly OnnxNode[] {
+  private nodes(m: Message, place: string, known: Names, own: Set<string>): readonly OnnxNode[] {
     return list(m, "node").map((n, i) => {
       const node = this.node(n, `${place}.node[${i}]`, known);
       const missing = node.inputs.find((v) => v !== "" && !known.has(v));
@@ -519,7 +538,8 @@ class Reader {
 
   private function(m: Message, place: string): OnnxFunction {
     const [inputs, outputs] = [texts(m, "input"), texts(m, "output")];
-    const known = new Set(inputs);
+    const known = new Names();
+    for (const name of inputs) known.add(name);
     const nodes = this.nodes(m, place, known, new Set(inputs));
     const nothing = outputs.find((v) => !known.has(v));
     if (nothing !== undefined) this.fail(place, `nothing makes its output '${nothing}'`);
@@ -549,7 +569,7 @@ class Reader {
       ir,
       producer: [text(m, "producer_name"), text(m, "producer_version")].filter((s) => s !== "").join(" "),
       opsets: this.opsets(m, ""),
-      graph: this.graph(graph as Message, "graph", new Set()),
+      graph: this.graph(graph as Message, "graph", new Names()),
       functions,
       metadata: entriesOf(m, "metadata_props"),
       unread,

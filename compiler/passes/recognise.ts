@@ -11,7 +11,7 @@ import { patterns } from "./patterns/index.ts";
 import { Look, Miss, type Pattern } from "./patterns/look.ts";
 
 /** What a pattern is at an op: how to make it, or why it is not. */
-type Outcome = { readonly make: (b: Builder) => Value } | { readonly miss: Miss };
+type Outcome = { readonly make: (b: Builder) => readonly Value[] } | { readonly miss: Miss };
 
 const outcomeAt = (p: Pattern, op: Op, look: Look): Outcome => {
   try {
@@ -33,7 +33,7 @@ const replaced = (g: Graph, p: Pattern, apply: (op: Op, outcome: Outcome) => boo
     const outcome = outcomeAt(p, op, look);
     if (!apply(op, outcome) || "miss" in outcome) return undefined;
     found++;
-    return [outcome.make(b)];
+    return outcome.make(b);
   });
   return found === 0 ? g : withoutDead(result);
 };

@@ -163,8 +163,12 @@ export const slice: Knowledge = {
     const strides = stridesOf(x.shape);
     const stride = strides[axis] as number;
     const start = expect.integer(attrs, "start");
-    const first = start < 0 ? start + (x.shape[axis] as number) : start;
+    const extent = x.shape[axis] as number;
+    const first = start < 0 ? start + extent : start;
     const step = expect.integer(attrs, "step", 1);
+    const last = first + ((type.shape[axis] as number) - 1) * step;
+    if (type.shape[axis] !== 0 && (Math.min(first, last) < 0 || Math.max(first, last) >= extent))
+      expect.fail(`slice: elements ${first} to ${last} of an axis of ${extent}`);
     return [tensorOf(type, gatherStrided(x.data, type.shape, strides.with(axis, stride * step), first * stride))];
   },
   samples: [

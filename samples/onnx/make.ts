@@ -1,6 +1,6 @@
 /**
  * Makes the sample models: layers of three architectures at small sizes with drawn weights, a KV cache as inputs and outputs, batch, sequence
- * and past left open.
+ * and past left open, and inputs to run them on in DIR/MODEL/.
  *
  *   node dist/samples/onnx/make.js DIR
  */
@@ -156,6 +156,44 @@ export const deepseekMla = (): Uint8Array => {
   return e.encode();
 };
 
+/** A .npy file of f32 or i64 elements. */
+const npy = (shape: readonly number[], data: Float32Array | BigInt64Array): Buffer => {
+  const descr = data instanceof Float32Array ? "<f4" : "<i8";
+  const text = `{'descr': '${descr}', 'fortran_order': False, 'shape': (${shape.join(", ")},), }`;
+  const padded = `${text}${" ".repeat((64 - ((text.length + 11) % 64)) % 64)}\n`;
+  const head = Buffer.from([0x93, ...Buffer.from("NUMPY"), 1, 0, padded.length & 255, padded.length >> 8]);
+  return Buffer.concat([head, Buffer.from(padded, "latin1"), new Uint8Array(data.buffer)]);
+};
+
+/** Inputs of two sequences: five tokens after eight in the cache. */
+const inputs = (
+  size: number,
+  heads: number,
+  keyDim: number,
+  valueDim: number,
+  positions: boolean,
+): ReadonlyMap<string, Buffer> => {
+  const [batch, sequence, past] = [2, 5, 8];
+  const values = (...shape: number[]): Buffer =>
+    npy(
+      shape,
+      Float32Array.from({ length: shape.reduce((a, b) => a * b, 1) }, (_, i) => Math.sin(i)),
+    );
+  const places = BigInt64Array.from({ length: batch * sequence }, (_, i) => BigInt(past + (i % sequence)));
+  return new Map([
+    ["hidden_states", values(batch, sequence, size)],
+    ["past_key_values.0.key", values(batch, heads, past, keyDim)],
+    ["past_key_values.0.value", values(batch, heads, past, valueDim)],
+    ...(positions ? [["position_ids", npy([batch, sequence], places)] as const] : []),
+  ]);
+};
+
+const given: Readonly<Record<string, ReadonlyMap<string, Buffer>>> = {
+  gpt2: inputs(48, 4, 12, 12, false),
+  qwen3_moe: inputs(64, 2, 16, 16, true),
+  deepseek_mla: inputs(64, 4, 24, 16, true),
+};
+
 export const models: Readonly<Record<string, () => Uint8Array>> = { gpt2, qwen3_moe: qwen3Moe, deepseek_mla: deepseekMla };
 
 if (/make\.[jt]s$/.test(process.argv[1] ?? "")) {
@@ -164,6 +202,8 @@ if (/make\.[jt]s$/.test(process.argv[1] ?? "")) {
   for (const [name, make] of Object.entries(models)) {
     const path = join(folder, `${name}.onnx`);
     writeFileSync(path, make());
+    mkdirSync(join(folder, name), { recursive: true });
+    for (const [input, bytes] of given[name] ?? []) writeFileSync(join(folder, name, `${input}.npy`), bytes);
     process.stdout.write(`${path}\n`);
   }
 }

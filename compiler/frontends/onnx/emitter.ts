@@ -64,6 +64,7 @@ const mostLiteral = 4096;
 const mostKept = 1 << 16;
 /** Ops that only move or convert elements. */
 const later: ReadonlySet<string> = new Set(["reshape", "transpose", "slice", "broadcast", "cast"]);
+const mostAxes = 64;
 /** Elements of a value: what a 48-bit address could hold. */
 const mostElements = 2 ** 40;
 
@@ -224,9 +225,11 @@ export class Emitter {
       inputs.map((i) => i.type),
       attrs,
     ) as readonly TensorType[];
-    for (const t of types)
+    for (const t of types) {
+      if (t.shape.length > mostAxes) throw new UserError(`${kind}: a result of ${t.shape.length} axes, more than ${mostAxes}`);
       if (concrete(t) && count(t.shape) > mostElements)
         throw new UserError(`${kind}: ${typeText(t)} has more than 2^40 elements`);
+    }
     const known = this.fold(kind, inputs, attrs, types);
     if (known && !inputs.some((i) => i.runs)) return known;
     const made = this.emit(kind, inputs, attrs);
@@ -296,6 +299,11 @@ export class Emitter {
   dimsOf(item: Item): readonly Dim[] | undefined {
     const known = item.known();
     return known?.kind === "dims" ? known.dims : known && [...known.tensor.data];
+  }
+
+  /** Whether a <= b for all values of the symbols; undefined when that depends on them. */
+  atMost(a: Dim, b: Dim): boolean | undefined {
+    return compared("less_equal", a, b, this.symbols);
   }
 
   /** The inputs of the graph that a value depends on. */

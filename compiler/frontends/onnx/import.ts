@@ -216,7 +216,7 @@ class Importer {
 
   private node(node: OnnxNode, scope: Scope): void {
     this.blamed(node.place, () => {
-      if (++this.lowered > mostNodes) this.fail(`more than ${mostNodes} nodes, loops unrolled`);
+      this.count();
       const results = this.results(this.resolved(node, scope), scope);
       node.outputs.forEach((name, i) => {
         if (name === "") return;
@@ -224,6 +224,11 @@ class Importer {
         if (item !== undefined) scope.values.set(name, item);
       });
     });
+  }
+
+  /** Of nodes, and of rounds of loops, which may have none. */
+  private count(): void {
+    if (++this.lowered > mostNodes) this.fail(`more than ${mostNodes} nodes, loops unrolled`);
   }
 
   /** The node with attributes of the function's caller where it refers to them. */
@@ -265,6 +270,7 @@ class Importer {
   /** A graph that is an attribute. */
   private within(graph: OnnxGraph, given: readonly Item[], outer: Scope): readonly Item[] {
     if (outer.depth >= deepestCalls) this.fail("graphs within graphs are too deep");
+    this.count();
     const scope: Scope = { ...outer, values: new Map(), outer, depth: outer.depth + 1 };
     graph.inputs.forEach(({ name }, i) => {
       const item = given[i];

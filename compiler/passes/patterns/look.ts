@@ -40,13 +40,13 @@ export const either = <R>(...ways: readonly (() => R)[]): R => {
   throw best ?? new Miss("there is no way");
 };
 
-/** A pattern with what it finds taken out of its type: `at` gives the maker of what stands for the op's first result, or throws a Miss. */
+/** A pattern with what it finds taken out of its type: `at` gives the maker of what stands for the op's results, or throws a Miss. */
 export interface Pattern {
   /** the kind of op that it makes */
   readonly name: string;
   /** kinds of the op whose result is the pattern's */
   readonly roots: readonly string[];
-  at(op: Op, g: Look): (b: Builder) => Value;
+  at(op: Op, g: Look): (b: Builder) => readonly Value[];
 }
 
 export interface PatternOf<Found> {
@@ -54,14 +54,15 @@ export interface PatternOf<Found> {
   readonly roots: readonly string[];
   /** the operands; throws a Miss that says what is not as it should be */
   match(op: Op, g: Look): Found;
-  build(b: Builder, found: Found, op: Op): Value;
+  /** what stands for the op's results */
+  build(b: Builder, found: Found, op: Op): Value | readonly Value[];
 }
 export const pattern = <Found>({ name, roots, match, build }: PatternOf<Found>): Pattern => ({
   name,
   roots,
   at(op, g) {
     const found = match(op, g);
-    return (b) => build(b, found, op);
+    return (b) => [build(b, found, op)].flat();
   },
 });
 

@@ -31,6 +31,10 @@ const loop: Lowering = (c) => {
   const most = c.has(0) ? (c.constant(0).data[0] as number) : Infinity;
   let going = c.has(1) ? c.constant(1).data[0] !== 0 : true;
   let carried: readonly Item[] = c.inputs.slice(2).map((_, i) => c.x(i + 2));
+  if (body.inputs.length !== 2 + carried.length || body.outputs.length < 1 + carried.length)
+    c.fail(
+      `its body has ${body.inputs.length} inputs and ${body.outputs.length} outputs, and the node carries ${carried.length} values`,
+    );
   const scans: Item[][] = Array.from({ length: Math.max(0, body.outputs.length - 1 - carried.length) }, () => []);
   let condition = c.e.number(Number(going), "bool");
   for (let i = 0; going && i < most; i++) {
@@ -50,6 +54,11 @@ const scan: Lowering = (c) => {
   // opset 8 has an optional length of sequences first, and a batch axis
   const given = c.inputs.slice(old ? 1 : 0).map((_, i) => c.x(i + (old ? 1 : 0)));
   const count = c.int("num_scan_inputs");
+  if (!(count >= 1 && count <= given.length)) c.fail(`num_scan_inputs is ${count}, and there are ${given.length}`);
+  if (body.inputs.length !== given.length || body.outputs.length < given.length - count)
+    c.fail(
+      `its body has ${body.inputs.length} inputs and ${body.outputs.length} outputs, and the node has ${given.length} inputs`,
+    );
   const states = given.slice(0, given.length - count);
   const scanned = given.slice(given.length - count);
   const outputs = body.outputs.length - states.length;
@@ -84,9 +93,9 @@ const scan: Lowering = (c) => {
     return [...carried, ...inOrder.map((r, k) => stacked(c, r, c.axis(outAxes[k] ?? 0, (r[0]?.type.shape.length ?? 0) + 1)))];
   };
   if (!old) {
-    const axes = (c.ints("scan_input_axes") ?? scanned.map(() => 0)).map((a, k) =>
-      c.axis(a, (scanned[k] as Item).type.shape.length),
-    );
+    const given = c.ints("scan_input_axes") ?? scanned.map(() => 0);
+    if (given.length !== count) c.fail(`${given.length} scan_input_axes for ${count} inputs`);
+    const axes = given.map((a, k) => c.axis(a, (scanned[k] as Item).type.shape.length));
     return run(states, scanned, axes, c.ints("scan_output_axes") ?? []);
   }
   if (c.has(0)) c.fail("sequences of several lengths (opset 8) are not supported");

@@ -106,13 +106,14 @@ const logic =
   (c) =>
     binary(c.e, kind, c.x(0), c.x(1));
 
+/** Operands, of which there is at least one. */
+const terms = (c: Call): readonly Item[] => [c.x0, ...c.inputs.slice(1).map((_, i) => c.x(i + 1))];
 const extreme =
   (kind: "maximum" | "minimum"): Lowering =>
   (c) =>
-    c.inputs.map((_, i) => c.x(i)).reduce((a, b) => binary(c.e, kind, a, b));
+    terms(c).reduce((a, b) => binary(c.e, kind, a, b));
 const sum = (c: Call): Item => {
-  const terms = c.inputs.map((_, i) => c.x(i));
-  return inWide(c.e, terms, (...xs) => xs.reduce((a, b) => binary(c.e, "add", a, b)));
+  return inWide(c.e, terms(c), (...xs) => xs.reduce((a, b) => binary(c.e, "add", a, b)));
 };
 
 const clip: Lowering = (c) => {
@@ -239,7 +240,7 @@ export const elementwise: Readonly<Record<string, Lowering>> = {
     return alpha === 1 ? e.op("silu", [x]) : e.op("mul", [x, e.op("sigmoid", [e.op("mul", [n(alpha), x])])]);
   }),
   HardSigmoid: formula((e, x, c, n) => hardSigmoid(e, x, n, c.float("alpha", 0.2), c.float("beta", 0.5))),
-  HardSwish: formula((e, x, _, n) => e.op("mul", [x, hardSigmoid(e, x, n, 1 / 6, 0.5)])),
+  HardSwish: formula((e, x, _, n) => e.op("mul", [x, hardSigmoid(e, x, n, Math.fround(1 / 6), 0.5)])),
   Softplus: formula((e, x, _, n) => softplus(e, x, n)),
   Softsign: formula((e, x, _, n) => e.op("div", [x, e.op("add", [n(1), e.op("abs", [x])])])),
   Mish: formula((e, x, _, n) => e.op("mul", [x, e.op("tanh", [softplus(e, x, n)])])),

@@ -49,7 +49,7 @@ const gatherElements: Lowering = (c) => {
 
 /** Where the tuples of the last axis of `index` point: the first element of each slice, in a flat tensor of `shape`. */
 const tuplePlaces = (c: Call, index: Item, shape: readonly Dim[], batch: number): Item => {
-  const tuple = index.type.shape.at(-1) as Dim;
+  const tuple = index.type.shape.at(-1) ?? c.fail("indices must have an axis");
   if (typeof tuple !== "number") return c.fail("the last axis of indices must be a number");
   if (batch + tuple > shape.length) c.fail(`indices of ${tuple} for ${shape.length - batch} axes`);
   const steps = strides(shape);
@@ -73,9 +73,10 @@ const sliceElements = (c: Call, at: Item, size: Dim): Item =>
 const gatherNd: Lowering = (c) => {
   const batch = c.int("batch_dims", 0);
   const [x, index] = [c.x(0), c.x(1)];
-  const tuple = index.type.shape.at(-1) as number;
-  const rest = x.type.shape.slice(batch + tuple);
+  if (!(batch >= 0 && batch < Math.min(c.rank(0), c.rank(1))))
+    c.fail(`batch_dims ${batch} for ${c.rank(0)} and ${c.rank(1)} axes`);
   const at = tuplePlaces(c, index, x.type.shape, batch);
+  const rest = x.type.shape.slice(batch + (index.type.shape.at(-1) as number));
   const places = sliceElements(c, at, product(rest));
   return c.e.reshape(c.e.op("take", [flat(c, x), places], { axis: 0 }), [...index.type.shape.slice(0, -1), ...rest]);
 };
@@ -95,14 +96,14 @@ export const scattered = (c: Call, x: Item, places: Item, updates: Item, fn: str
 
 const scatterElements: Lowering = (c) => {
   const axis = c.axis(c.int("axis", 0), c.rank(0));
+  if (c.rank(1) !== c.rank(0)) c.fail(`indices must have ${c.rank(0)} axes, got ${c.rank(1)}`);
   return scattered(c, c.x0, elementPlaces(c, c.x(1), c.shape(0), axis), c.x(2), functionOf(c));
 };
 
 const scatterNd: Lowering = (c) => {
   const [x, index, updates] = [c.x(0), c.x(1), c.x(2)];
-  const tuple = index.type.shape.at(-1) as number;
-  const size = product(x.type.shape.slice(tuple));
   const at = tuplePlaces(c, index, x.type.shape, 0);
+  const size = product(x.type.shape.slice(index.type.shape.at(-1) as number));
   return scattered(c, x, sliceElements(c, at, size), updates, functionOf(c));
 };
 

@@ -79,8 +79,10 @@ const rmsNorm: Lowering = (c) => {
 const groupNorm: Lowering = (c) => {
   const x = c.x0;
   const { shape, dtype } = x.type;
-  const channels = shape[1] as number;
+  const channels = shape[1] ?? c.fail(`needs a batch and channels, got ${shape.length} axes`);
+  if (typeof channels !== "number") return c.fail(`the number of channels must be known, got '${channels}'`);
   const groups = c.node.op === "InstanceNormalization" ? channels : c.int("num_groups");
+  if (groups < 1 || channels % groups !== 0) c.fail(`${channels} channels in ${groups} groups`);
   const rest = shape.slice(2);
   const apart = c.e.reshape(c.e.cast(x, dtype === "f64" ? "f64" : "f32"), [shape[0] as Dim, groups, channels / groups, ...rest]);
   const { y } = normalised(c, apart, 2, c.float("epsilon", 1e-5), true);

@@ -22,12 +22,12 @@ const joined = (c: Call, x: Item, axes: readonly number[], keep: boolean): Reduc
 };
 
 /** What the reduction of no elements is. */
-const ofNothing: Readonly<Record<string, number>> = { sum: 0, prod: 1, max: -Infinity, min: Infinity };
+const ofNothing: Readonly<Record<string, number>> = { sum: 0, prod: 1, max: -Infinity, min: Infinity, mean: Number.NaN };
 
 const reduced = (c: Call, x: Item, fn: string, axes: readonly number[], keep: boolean): Item => {
   const r = joined(c, x, axes, keep);
   if (r.x.type.shape.at(-1) === 0) {
-    const empty = fn === "mean" ? c.fail("the mean of no elements") : (ofNothing[fn] ?? 0);
+    const empty = ofNothing[fn] ?? 0;
     const limit = isFloat(x.type.dtype) || Number.isFinite(empty) ? empty : empty > 0 ? 2 ** 53 : -(2 ** 53);
     return c.e.broadcast(c.e.number(limit, x.type.dtype), r.shape);
   }
@@ -50,14 +50,11 @@ const reduce =
     const given = axesOf(c, since, 1);
     const keep = c.flag("keepdims", true);
     const none = given === undefined || given.length === 0;
-    if (none && c.flag("noop_with_empty_axes", false)) {
-      const same = before ? before(c, x) : x;
-      return after ? c.e.cast(after(c, same), x.type.dtype) : c.e.cast(same, x.type.dtype);
-    }
+    const noop = none && c.flag("noop_with_empty_axes", false);
     const axes = none ? x.type.shape.map((_, i) => i) : [...c.axes(given, rank)].sort((a, b) => a - b);
     const work = (from: Item): Item => {
       const ready = before ? before(c, from) : from;
-      const result = reduced(c, ready, fn, axes, keep);
+      const result = noop ? ready : reduced(c, ready, fn, axes, keep);
       return after ? after(c, result) : result;
     };
     if (x.type.dtype === "bool") return c.e.cast(work(c.e.cast(x, "u8")), "bool");
@@ -77,7 +74,7 @@ const logSumExp: Lowering = (c) => {
   const none = given === undefined || given.length === 0;
   if (none && c.flag("noop_with_empty_axes", false)) return c.x0;
   const axes = none ? shape.map((_, i) => i) : [...c.axes(given, shape.length)].sort((a, b) => a - b);
-  return inWide(c.e, [c.x0], (from) => {
+  const work = (from: Item): Item => {
     if (product(axes.map((a) => shape[a] as Dim)) === 0)
       return c.e.op("log", [reduced(c, from, "sum", axes, c.flag("keepdims", true))]);
     // the largest is taken out, so that nothing overflows; where it is infinite there is nothing to take out
@@ -88,7 +85,9 @@ const logSumExp: Lowering = (c) => {
     const result = binary(c.e, "add", c.e.op("log", [sum]), shift);
     const lead = shape.filter((_, i) => !axes.includes(i));
     return c.flag("keepdims", true) ? result : c.e.reshape(result, lead);
-  });
+  };
+  const { dtype } = c.x0.type;
+  return isFloat(dtype) ? inWide(c.e, [c.x0], work) : wrap(c.e, work(c.e.cast(c.x0, "f64")), dtype);
 };
 
 /** The place of the largest or smallest: the first one, or the last. */
@@ -99,7 +98,9 @@ const argOf =
     const extent = c.shape(0)[axis] as Dim;
     const { x, back } = c.e.toLast(wide(c.e, c.x0), axis);
     const best = c.e.op("reduce", [x], { fn });
-    const is = binary(c.e, "equal", x, best);
+    const equal = binary(c.e, "equal", x, best);
+    // one that is no number is what numpy finds
+    const is = isFloat(x.type.dtype) ? binary(c.e, "or", equal, c.e.op("not", [binary(c.e, "equal", x, x)])) : equal;
     const place = c.e.iota([extent], 0, "i64");
     const last = c.flag("select_last_index", false);
     const never = last ? c.e.number(-1, "i64") : c.e.dims([extent], "i64", []);

@@ -137,13 +137,21 @@ const sliceAxis = (c: Call, x: Item, axis: number, start: Dim, end: Dim, step: n
     if (step === -1 && start === -1 && typeof end === "number" && end < -(2 ** 31) + 2) return c.e.slice(x, axis, -1, extent, -1);
     return c.fail(`a step of ${step} along an axis of size '${dimText(extent)}'`);
   }
-  // sizes are not known to be large enough; the runtime checks that they are not negative
-  const from: Dim = typeof start === "number" && start < 0 ? addDim(extent, start) : start;
-  const huge = typeof end === "number" && end >= 2 ** 31 - 1;
-  const to: Dim = huge || end === extent ? extent : typeof end === "number" && end < 0 ? addDim(extent, end) : end;
-  const size = subDim(to, from);
-  if (typeof from === "number") return c.e.slice(x, axis, from, size);
-  if (typeof start === "number" && start < 0) return c.e.slice(x, axis, start, size);
+  const place = (v: Dim): Dim => {
+    if (typeof v !== "number") return v;
+    if (c.e.atMost(Math.abs(v), extent) === true) return v < 0 ? addDim(extent, v) : v;
+    if (c.e.atMost(extent, Math.abs(v)) === true) return v < 0 ? 0 : extent;
+    return c.fail(
+      `${v} may lie within an axis of size '${dimText(extent)}' or beyond it; give its symbols limits (--dim NAME=MIN..MAX)`,
+    );
+  };
+  const [from, to] = [place(start), place(end)];
+  const size = typeof from === "number" && typeof to === "number" ? Math.max(0, to - from) : subDim(to, from);
+  // what may end beyond the axis is taken by indices, which kernels keep within it
+  if (c.e.atMost(to, extent) === true) {
+    if (typeof from === "number") return c.e.slice(x, axis, from, size);
+    if (typeof start === "number" && start < 0) return c.e.slice(x, axis, start, size);
+  }
   return c.e.op("take", [x, binary(c.e, "add", c.e.iota([size], 0), c.e.dims([from], "i64", []))], { axis });
 };
 
@@ -201,6 +209,9 @@ const mirrored: Readonly<Record<string, (i: number, n: number) => number>> = {
   wrap: (i, n) => ((i % n) + n) % n,
 };
 
+/** Indices that are written out. */
+const mostPlaces = 2 ** 24;
+
 /** A vector of indices. */
 export const indexVector = (e: Emitter, indices: readonly number[]): Item =>
   e.constant({ kind: "tensor", dtype: "i64", shape: [indices.length], data: Float64Array.from(indices) });
@@ -232,7 +243,9 @@ const pad: Lowering = (c) => {
     const index = mirrored[mode] ?? c.fail(`mode '${mode}' is not known`);
     if (typeof extent !== "number") return c.fail(`mode '${mode}' along an axis of size '${extent}'`);
     if (extent === 0) return c.fail(`mode '${mode}' along an axis of no elements`);
-    const places = Array.from({ length: Math.max(0, before + extent + after) }, (_, p) => index(p - before, extent));
+    const size = Math.max(0, before + extent + after);
+    if (size > mostPlaces) c.fail(`mode '${mode}' to ${size} elements, more than ${mostPlaces}`);
+    const places = Array.from({ length: size }, (_, p) => index(p - before, extent));
     x = c.e.op("take", [x, indexVector(c.e, places)], { axis });
   }
   return x;
