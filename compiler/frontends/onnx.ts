@@ -263,8 +263,7 @@ class Names {
     this.own.add(name);
   }
   has(name: string): boolean {
-    for (let n: Names | undefined = this; n !== undefined; n = n.outer) if (n.own.has(name)) return true;
-    return false;
+    return this.own.has(name) || this.outer?.has(name) === true;
   }
 }
 
