@@ -148,6 +148,6 @@ export { dialect, scalarHeader, storage } from "./scalar.ts";
 export { type SdpaPlan, sdpaPlan } from "./sdpa.ts";
 export { Sizes } from "./sizes.ts";
 export { compileTemplate, loadTemplate, loadText, sourceFile, type Template } from "./template.ts";
-export { reductionKernels, tensorKernels } from "./tensors.ts";
+export { tensorKernels } from "./tensors.ts";
 export { tokenKernels } from "./tokens.ts";
 export type { Dim, DimSymbol, DType, Graph, KvType, Op, TensorType, Value };

@@ -272,7 +272,12 @@ export const planRows = (d: Dialect, body: Graph, decline: (why: string) => unde
     if (d.storage[v.type.dtype] === undefined) return decline(`no ${v.type.dtype} in ${d.name}`);
   }
 
-  const reduces = body.ops.some((op) => op.kind === "reduce" || op.kind === "spread");
+  const reductions = body.ops.filter((op) => op.kind === "reduce" || op.kind === "spread");
+  for (const { inputs } of reductions) {
+    const columns = inputs[0] === undefined ? 1 : (shapeOf(inputs[0]).at(-1) ?? 1);
+    if (typeof columns !== "number") return decline(`rows of ${dimText(columns)} columns, which is no number`);
+  }
+  const reduces = reductions.length > 0;
   const space = rowSpace(values, body.outputs, reduces ? sizes : undefined);
   if (typeof space === "string") return decline(space);
   const nodes = nodesOf(body, space);

@@ -541,9 +541,6 @@ const reduce = (op: Op, sizes: Sizes): Planned | undefined => {
   return { about: aboutOf(`reduce by ${fn}`, op), context };
 };
 
-/** Reductions of axes that are expressions. A target that knows symbols lists them after its own of rows. */
-export const reductionKernels = (to: TensorTarget): readonly KernelTemplate[] => [tensorKernel("reduce", to, reduce)];
-
 /** The templates of a target, to be tried after those of rows: what these do well is left to them. */
 export const tensorKernels = (to: TensorTarget): readonly KernelTemplate[] =>
-  Object.entries({ nest, put, matmul, cumulate, sort }).map(([name, plan]) => tensorKernel(name, to, plan));
+  Object.entries({ nest, put, matmul, reduce, cumulate, sort }).map(([name, plan]) => tensorKernel(name, to, plan));

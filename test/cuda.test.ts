@@ -165,7 +165,7 @@ describe.skipIf(nvcc === undefined)(`emitted files compile${nvcc === undefined ?
   for (const arch of cuda.arches)
     test(`samples of ops on tensors of any rank for ${arch}`, { timeout: 600_000 }, async () => {
       let files: ReadonlyMap<string, string> = new Map();
-      const only = ["transpose", "concat", "iota", "take", "put", "cumulate", "sort", "matmul"];
+      const only = ["transpose", "concat", "iota", "take", "put", "cumulate", "sort", "matmul", "reduce", "rope", "sdpa"];
       checkBackend(cuda, {
         arch,
         only,
@@ -178,8 +178,10 @@ describe.skipIf(nvcc === undefined)(`emitted files compile${nvcc === undefined ?
         mkdirSync(dirname(join(folder, path)), { recursive: true });
         writeFileSync(join(folder, path), text);
       }
-      // products take the compiler longer: one sum of floats, one of doubles
-      const sums = ["float sums[4][4]", "double sums[4][4]"].map((sum) => [...files].find(([, text]) => text.includes(sum))?.[0]);
+      // products take the compiler longer: one sum of floats, one of doubles, and one attention
+      const sums = ["float sums[4][4]", "double sums[4][4]", "  sdpa<"].map(
+        (sum) => [...files].find(([, text]) => text.includes(sum))?.[0],
+      );
       expect(sums).not.toContain(undefined);
       const rows = [...files.keys()].filter((path) => /^rows_\d+\.cu$/.test(path));
       expect(await compileAll(folder, [...rows, ...(sums as string[])], arch)).toEqual([]);

@@ -272,7 +272,7 @@ test("changed and cut bytes are read, or refused in one line", () => {
   expect(refused).toBeGreaterThan(2000);
 });
 
-test("step3c inspect says what a model holds; compile wants limits of its sizes", () => {
+test("step3c inspect says what a model holds; compile asks for limits of the sizes that it leaves open", () => {
   const path = join(folder, "inspected.onnx");
   writeFileSync(path, modelOf(chain({ initializer: [ofNumbers("w", 1, [2], { floatData: [1, 2] })] })));
   expect(inspect(path)).toBe(
@@ -282,5 +282,8 @@ test("step3c inspect says what a model holds; compile wants limits of its sizes"
   const { status, stderr } = spawnSync(process.execPath, [join("dist", "compiler", "cli.js"), "compile", path], {
     encoding: "utf8",
   });
-  expect([status, stderr]).toEqual([1, `step3c: ${path}: graph.input[0] 'x': size 'N' has no limit; add --dim N=MAX\n`]);
+  expect([status, stderr]).toEqual([
+    1,
+    `step3c: ${path}: graph.input[0] 'x': size 'N' has no limit; add --dim N=MAX\n`,
+  ]);
 });

@@ -148,7 +148,7 @@ export const encodeModel = (m: MadeModel): Uint8Array<ArrayBuffer> => {
 };
 
 const tensorText = ({ dtype, shape, data }: Tensor): string =>
-  `${dtype}[${shape}] ${data.length > 40 ? `${data.slice(0, 40).join(" ")} ...` : [...data].join(" ")}`;
+  `${dtype}[${shape}] ${data.length > 40 ? `${data.slice(0, 40).join(" ")} ...` : data.join(" ")}`;
 const attributeText = (a: Attribute): string => {
   if ("t" in a) return tensorText(a.t);
   if ("g" in a)

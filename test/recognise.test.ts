@@ -247,6 +247,101 @@ z = matmul(p, v4)`,
   });
 });
 
+/** A layer of a decoder as exporters write it: every norm, rotation, group of heads and product by itself. */
+const layer = (): string => {
+  const linear = (y: string, x: string, w: string, columns: number): string =>
+    `${y}_r = reshape(${x}) {shape: ["B*S","${x === "act" ? 48 : 32}"]}
+${y}_l = linear(${y}_r, ${w})
+${y} = reshape(${y}_l) {shape: ["B","S","${columns}"]}`;
+  const norm = (y: string, x: string, w: string): string =>
+    `${y}_s = mul(${x}, ${x})
+${y}_m = reduce(${y}_s) {fn: mean}
+${y}_e = add(${y}_m, eps)
+${y}_q = sqrt(${y}_e)
+${y}_i = div(one, ${y}_q)
+${y}_n = mul(${x}, ${y}_i)
+${y} = mul(${w}, ${y}_n)`;
+  const heads = (y: string, x: string, count: number): string =>
+    `${y}_h = reshape(${x}) {shape: ["B","S","${count}","8"]}
+${y} = transpose(${y}_h) {perm: [0,2,1,3]}`;
+  const turned = (y: string, x: string): string =>
+    `${y}_a = slice(${x}) {axis: 3, start: 0, size: [4]}
+${y}_b = slice(${x}) {axis: 3, start: 4, size: [4]}
+${y}_n = neg(${y}_b)
+${y}_r = concat(${y}_n, ${y}_a) {axis: 3}
+${y}_c = mul(${x}, cos)
+${y}_s = mul(${y}_r, sin)
+${y} = add(${y}_c, ${y}_s)`;
+  const repeated = (y: string, x: string): string =>
+    `${y}_5 = reshape(${x}) {shape: ["B","2","1","S","8"]}
+${y}_b = broadcast(${y}_5) {shape: ["B","2","2","S","8"]}
+${y} = reshape(${y}_b) {shape: ["B","4","S","8"]}`;
+  return `graph layer
+symbol B 1..4 host
+symbol S 1..8 host
+input x f32[B,S,32]
+input cos f32[1,1,S,8]
+input sin f32[1,1,S,8]
+input mask f32[B,1,S,S]
+weight n1 f32[32] = tensor "n1"
+weight n2 f32[32] = tensor "n2"
+weight wq f32[32,32] = tensor "wq"
+weight wk f32[16,32] = tensor "wk"
+weight wv f32[16,32] = tensor "wv"
+weight wo f32[32,32] = tensor "wo"
+weight wg f32[48,32] = tensor "wg"
+weight wu f32[48,32] = tensor "wu"
+weight wd f32[32,48] = tensor "wd"
+one = const() {value: 1, dtype: f32}
+eps = const() {value: 0.000001, dtype: f32}
+scale = const() {value: 0.35355338, dtype: f32}
+${norm("h", "x", "n1")}
+${linear("q", "h", "wq", 32)}
+${linear("k", "h", "wk", 16)}
+${linear("v", "h", "wv", 16)}
+${heads("qh", "q", 4)}
+${heads("kh", "k", 2)}
+${heads("vh", "v", 2)}
+${turned("qt", "qh")}
+${turned("kt", "kh")}
+${repeated("k4", "kt")}
+${repeated("v4", "vh")}
+k4t = transpose(k4) {perm: [0,1,3,2]}
+s = matmul(qt, k4t)
+ss = mul(s, scale)
+sm = add(ss, mask)
+p = softmax(sm)
+a = matmul(p, v4)
+at = transpose(a) {perm: [0,2,1,3]}
+ar = reshape(at) {shape: ["B","S","32"]}
+${linear("o", "ar", "wo", 32)}
+x1 = add(x, o)
+${norm("h2", "x1", "n2")}
+${linear("g", "h2", "wg", 48)}
+${linear("u", "h2", "wu", 48)}
+gs = sigmoid(g)
+ga = mul(g, gs)
+act = mul(ga, u)
+${linear("d", "act", "wd", 32)}
+y = add(x1, d)
+output y
+`;
+};
+
+test("a layer of a decoder is norms, linears, rotations and one attention", () => {
+  const graph = parseGraph(layer());
+  const [weights, inputs] = [drawnWeights(graph, 4), drawnInputs(graph, 3, 5)];
+  const expected = run(graph, weights, inputs).get("y") as Tensor;
+  for (let seed = 1; seed <= 3; seed++) {
+    const result = runPasses(disguised(permuted(graph, seed), seed), list);
+    const moves = ["reshape", "transpose"];
+    expect(kinds(result).filter((kind) => !moves.includes(kind))).toEqual(
+      "add add linear linear linear linear linear linear linear mul rms_norm rms_norm rope rope sdpa silu".split(" "),
+    );
+    expect(relativeError(run(result, weights, inputs).get("y") as Tensor, expected)).toBeLessThan(1e-5);
+  }
+});
+
 test("the limit bounds what is recognised", () => {
   const graph = parseGraph(readFileSync(join(goldens, "recognise_activations.step3"), "utf8"));
   const found = (limit: number): number =>

@@ -2,7 +2,7 @@
 
 import { type DType, dtypes } from "../../ir/type.ts";
 import type { Backend } from "../backend.ts";
-import { reductionKernels, tensorKernels } from "../tensors.ts";
+import { tensorKernels } from "../tensors.ts";
 import { tokenKernels } from "../tokens.ts";
 import { assemble } from "./assemble.ts";
 import { attentionKernels, kv } from "./attention.ts";
@@ -22,7 +22,6 @@ const backend: Backend = {
     sdpaKernel,
     ...tokenKernels(new URL(import.meta.url)),
     rowKernel,
-    ...reductionKernels({ templates: new URL(import.meta.url), knowsSymbols: true }),
     ...tensorKernels({ templates: new URL(import.meta.url), knowsSymbols: true }),
   ],
   kv,

@@ -6,7 +6,7 @@
  * Only graphs in which tokens meet each other (attention) and which have no T are changed: the partition needs rows to tell them apart.
  */
 import { rewrite } from "../../ir/build.ts";
-import { type Dim, dimSymbols, evalDim, product } from "../../ir/dim.ts";
+import { type Dim, dimSymbols, evalDim, product, tokenSymbol } from "../../ir/dim.ts";
 import type { Graph, Op, Value } from "../../ir/graph.ts";
 import type { Build } from "../../ir/op.ts";
 import { knowledge } from "../../ir/ops/index.ts";
@@ -15,8 +15,6 @@ import type { Pass } from "../pass.ts";
 import { contraction } from "./contraction.ts";
 import { withoutDead } from "./dead.ts";
 import { meetsTokens, rowDependent } from "./flow.ts";
-
-const tokens = "T";
 
 const shapeOf = (v: Value): readonly Dim[] => (v.type as TensorType).shape;
 const attrDims = (dims: readonly Dim[]): readonly string[] => dims.map(String);
@@ -83,7 +81,7 @@ class Flattening {
   private toRows(v: Value, b: Build): Value {
     const known = this.flat.get(v.name);
     if (known !== undefined) return known;
-    const made = b.op("reshape", [this.sources.get(v.name) ?? v], { shape: [tokens, String(shapeOf(v).at(-1))] });
+    const made = b.op("reshape", [this.sources.get(v.name) ?? v], { shape: [tokenSymbol, String(shapeOf(v).at(-1))] });
     this.flat.set(v.name, made);
     return made;
   }
@@ -125,12 +123,12 @@ export const tokensPass: Pass = {
   after: ["fold"],
   run(g, context) {
     const dependent = rowDependent(g);
-    if (g.symbols.some((s) => s.name === tokens) || !g.ops.some((op) => meetsTokens(op, dependent))) return g;
+    if (g.symbols.some((s) => s.name === tokenSymbol) || !g.ops.some((op) => meetsTokens(op, dependent))) return g;
     const rows = rowsOf(g);
     if (rows === undefined || !context.apply()) return g;
     const limit = (end: "min" | "max"): number =>
       evalDim(rows, new Map(g.symbols.filter((s) => dimSymbols(rows).includes(s.name)).map((s) => [s.name, s[end]])));
-    const symbol = { name: tokens, min: limit("min"), max: limit("max"), multiple: 1, source: "host", is: rows } as const;
+    const symbol = { name: tokenSymbol, min: limit("min"), max: limit("max"), multiple: 1, source: "host", is: rows } as const;
     const flattening = new Flattening(g, rows);
     return withoutDead(rewrite({ ...g, symbols: [...g.symbols, symbol] }, (op, b) => flattening.rule(op, b)));
   },

@@ -79,6 +79,13 @@ export const reduce: Knowledge = {
     sample("amax, bf16 groups of 128", "amax", 300, 128, "bf16"),
     { name: "sum of rank 1", inputs: [tensor("f32", [17])], attrs: { fn: "sum" } },
     { name: "mean of a batch's rows", inputs: [tensor("f32", ["B", "S", 40])], attrs: { fn: "mean" }, symbols: { B: 2, S: 3 } },
+    ...functions.map((fn) => ({
+      name: `${fn} of rows of any length`,
+      inputs: [tensor("f32", [3, "L"])],
+      attrs: { fn },
+      symbols: { L: 45 },
+    })),
+    { name: "max, rows of tokens, f64", inputs: [tensor("f64", ["T", 2, "L"])], attrs: { fn: "max" }, symbols: { T: 3, L: 7 } },
     { name: "max of rank 3", inputs: [tensor("f32", ["T", 3, 5])], attrs: { fn: "max" }, symbols: { T: 2 } },
   ],
 };
