@@ -81,7 +81,7 @@ test("changed bytes: thousands of models", async () => {
   const random = randomNumbers(5);
   const below = (n: number): number => Math.floor(random() * n);
   let taken = 0;
-  for (let round = 0; round < 4000; round++) {
+  for (let round = 0; round < 2500; round++) {
     const bytes = encodeModel(closed(randomModel(1 + (round % 300))));
     for (let n = below(3); n >= 0; n--) bytes[below(bytes.length)] = below(256);
     // what one entry cannot read no other can: they share the reader
@@ -90,7 +90,7 @@ test("changed bytes: thousands of models", async () => {
       taken++;
     }
   }
-  expect(taken).toBeGreaterThan(400);
+  expect(taken).toBeGreaterThan(250);
 });
 
 test("cut at every length", async () => {
@@ -102,7 +102,7 @@ test("cut at every length", async () => {
 });
 
 test("operands, attributes and sizes that no exporter writes", async () => {
-  for (let seed = 1; seed <= 1000; seed++) {
+  for (let seed = 1; seed <= 700; seed++) {
     const whole = mutant(randomModel(seed), seed);
     await refusals(encodeModel(seed % 2 === 0 ? closed(whole) : whole), `seed ${seed}`);
   }
