@@ -282,8 +282,5 @@ test("step3c inspect says what a model holds; compile asks for limits of the siz
   const { status, stderr } = spawnSync(process.execPath, [join("dist", "compiler", "cli.js"), "compile", path], {
     encoding: "utf8",
   });
-  expect([status, stderr]).toEqual([
-    1,
-    `step3c: ${path}: graph.input[0] 'x': size 'N' has no limit; add --dim N=MAX\n`,
-  ]);
+  expect([status, stderr]).toEqual([1, `step3c: ${path}: graph.input[0] 'x': size 'N' has no limit; add --dim N=MAX\n`]);
 });
