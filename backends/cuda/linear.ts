@@ -213,7 +213,9 @@ const match =
     const places = counted.perToken && op.place?.startsWith("ffn") ? mostSegments * perSegment : perSegment;
     // who quantises has a group's columns, who has two sums has all of both: k is not divided, so there must be enough rows
     if ((quantises || pairs) && !grouped && perSegment < leastQuantisedRows)
-      return target.decline(`${pairs ? "two contractions" : "quantised results"} of ${perSegment} rows, fewer than ${leastQuantisedRows}`);
+      return target.decline(
+        `${pairs ? "two contractions" : "quantised results"} of ${perSegment} rows, fewer than ${leastQuantisedRows}`,
+      );
     const lines = linesOf(inner, dtypeOf(w));
     const { window, bytes } = scratchOf(places, matrices, lines, unit === "E4m3" ? lines : unit === "Int8" ? 1 : 0);
 
