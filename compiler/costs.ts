@@ -51,21 +51,22 @@ interface Part {
   index(input: string): number;
 }
 
-const partOf = (op: Op, wanted: (op: Op) => boolean): Part | undefined => {
-  const part = wanted(op) ? op : op.body?.ops.find(wanted);
-  if (part === undefined) return undefined;
-  const inputs = part === op ? op.inputs : (op.body as Graph).inputs;
-  return {
-    op: part,
-    index: (input) => {
-      const value = part.inputs[knowledge(part.kind).inputs.indexOf(input)];
-      return inputs.findIndex((v) => v.name === value?.name);
-    },
-  };
+const partsOf = (op: Op, wanted: (op: Op) => boolean): readonly Part[] => {
+  const parts = wanted(op) ? [op] : (op.body?.ops.filter(wanted) ?? []);
+  return parts.map((part) => {
+    const inputs = part === op ? op.inputs : (op.body as Graph).inputs;
+    return {
+      op: part,
+      index: (input) => {
+        const value = part.inputs[knowledge(part.kind).inputs.indexOf(input)];
+        return inputs.findIndex((v) => v.name === value?.name);
+      },
+    };
+  });
 };
 
-/** The contraction, or attention, that an op is or holds. */
-const productOf = (op: Op): Part | undefined => partOf(op, ({ kind }) => kind.endsWith("linear") || kind === "attention");
+/** The contractions, or attention, that an op is or holds. */
+const productsOf = (op: Op): readonly Part[] => partsOf(op, ({ kind }) => kind.endsWith("linear") || kind === "attention");
 
 const unitOf = (product: Part | undefined, op: Op): KernelCost["unit"] => {
   if (product === undefined) return "f32";
@@ -99,17 +100,23 @@ const costOf = (op: Op, graph: Graph): Omit<KernelCost, "about"> => {
     pair: 0,
   });
   const [flops, bytes] = [work("flops"), work("bytes")];
-  const product = productOf(op);
+  const products = productsOf(op);
+  const [product] = products;
   const unit = unitOf(product, op);
-  const combine = partOf(op, ({ kind }) => kind === "combine");
+  const [combine] = partsOf(op, ({ kind }) => kind === "combine");
   if (product?.op.kind.endsWith("grouped_linear")) {
     // weights are read of the experts that were chosen, and products made of the choices that are this rank's
     const typeOf = (name: string): TensorType => types[product.index(name)] as TensorType;
     const [w, ids] = [typeOf("w"), typeOf("ids")];
-    const [count, columns, inner] = w.shape as readonly [number, number, number];
-    const weights = ["w", "ws"].filter((name) => product.index(name) >= 0);
-    const expert = weights.reduce((n, name) => n + expertBytes(typeOf(name), 1, new Map()), 0);
-    const [pair, choices] = [2 * columns * inner, ids.shape[1] as number];
+    const [count] = w.shape as readonly [number, number, number];
+    let [expert, pair] = [0, 0];
+    for (const one of products) {
+      const [, columns, inner] = (types[one.index("w")] as TensorType).shape as readonly [number, number, number];
+      pair += 2 * columns * inner;
+      for (const at of [one.index("w"), one.index("ws")])
+        if (at >= 0) expert += expertBytes(types[at] as TensorType, 1, new Map());
+    }
+    const choices = ids.shape[1] as number;
     const pairBytes = product.op.attrs.owned === true ? bytesOfPair([...op.inputs, ...op.outputs], ids) : 0;
     return {
       unit,

@@ -50,7 +50,7 @@ export const evalGraph = async (path: string, options: EvalOptions, progress: Pr
       writeNpy(`${file}.part`, tensor);
       renameSync(`${file}.part`, file);
     } catch (error) {
-      throw new UserError(`output '${printable(name)}': ${(error as Error).message}`);
+      throw new UserError(`${path}: output '${printable(name)}': ${printable((error as Error).message, 600)}`);
     }
     return file;
   });

@@ -12,6 +12,7 @@ import { printGraph } from "../ir/print.ts";
 import { encode } from "../ir/round.ts";
 import type { Tensor } from "../ir/tensor.ts";
 import type { DType, KvType } from "../ir/type.ts";
+import { verify } from "../ir/verify.ts";
 import { type Checkpoint, openCheckpoint } from "./frontends/checkpoint.ts";
 import { type ImportedGraph, importOnnx } from "./frontends/onnx/import.ts";
 import { readOnnx } from "./frontends/onnx.ts";
@@ -57,8 +58,18 @@ export const readModel = (path: string, options: ModelOptions, layout: (type: Kv
   if (!entry)
     throw new UserError(`${path}: no such file or directory; give a checkpoint directory, a model.onnx or a file.step3`);
   if (entry.isFile() && path.endsWith(".onnx"))
-    return onnxModel(path, importOnnx(readOnnx(path), path, { limits: options.dim ?? new Map() }), options);
+    return onnxModel(path, checked(path, importOnnx(readOnnx(path), path, { limits: options.dim ?? new Map() })), options);
   return entry.isFile() && path.endsWith(".step3") ? readGraph(path, options) : readCheckpoint(path, options, layout, maxRows);
+};
+
+/** What limits of symbols make impossible, such as a size below 0, is said of the file. */
+const checked = (path: string, imported: ImportedGraph): ImportedGraph => {
+  try {
+    verify(imported.graph);
+    return imported;
+  } catch (error) {
+    throw error instanceof UserError ? new UserError(`${path}: ${error.message}`, error.exitCode) : error;
+  }
 };
 
 const readCheckpoint = (path: string, options: ModelOptions, layout: (type: KvType) => KvLayout, maxRows: number): Model => {

@@ -72,10 +72,10 @@ const splitAtoms = (monomial: string): string[] => {
 };
 
 const render = (p: Polynomial): Dim => {
-  for (const c of p.values()) if (!Number.isSafeInteger(c)) throw new UserError("a size has a factor beyond 2^53");
   const constantTerm = p.get("") ?? 0;
   const monomials = [...p.keys()].filter((m) => m !== "").sort();
   if (monomials.length === 0) return constantTerm;
+  for (const c of p.values()) if (!Number.isSafeInteger(c)) throw new UserError("a size has a factor beyond 2^53");
   let text = "";
   for (const m of monomials) {
     const c = p.get(m) as number;

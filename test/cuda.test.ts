@@ -72,6 +72,21 @@ describe("kernels of the sample", () => {
     expect(apart).toEqual([]);
   });
 
+  test("what an expert makes of a token by two weights meets in one launch", async () => {
+    const model = join(root, "experts");
+    mkdirSync(model);
+    writeFileSync(join(model, "config.json"), JSON.stringify(step3ConfigJson({ sizes: { hidden: 512, moeIntermediate: 256 } })));
+    for (const [precision, kind] of [
+      ["bf16", "grouped_linear bf16"],
+      ["fp8", "scaled_grouped_linear e4m3"],
+      ["int8", "scaled_grouped_linear i8"],
+    ] as const) {
+      const met = (await kernelsOf(precision, model)).filter((about) => about.includes(" x 2 "));
+      expect(met).toHaveLength(1);
+      expect(met[0]?.startsWith(kind) && met[0].endsWith("silu, mul, cast")).toBe(true);
+    }
+  });
+
   test("experts are chosen by one kernel", async () => {
     expect((await kernelsOf("bf16")).filter((about) => /topk|max sub exp/.test(about))).toEqual([
       "softmax and topk f32[T,8] -> f32[T,3], i32[T,3]",

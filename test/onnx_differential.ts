@@ -81,6 +81,10 @@ const excuses: readonly (readonly [reason: string, is: (n: MadeNode, operands: r
     (n, [x]) => n.op === "LogSoftmax" && has(x, (v) => v === Infinity),
   ],
   [
+    "a product over no elements in f16: memory is left as it was",
+    (n, [x]) => n.op === "MatMul" && x?.dtype === "f16" && x.shape.at(-1) === 0,
+  ],
+  [
     "no elements: axes of them are not taken away or made 1 in every case",
     (n, [x]) => n.op.startsWith("Reduce") && x?.data.length === 0,
   ],

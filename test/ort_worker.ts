@@ -2,7 +2,11 @@
  * ONNX Runtime in a process of its own, as some models make it abort: it is sent models and inputs, and sends what they give. Optimisations
  * are off, so that every node is computed as it is written.
  */
-import { InferenceSession, Tensor } from "onnxruntime-node";
+import type { InferenceSession, Tensor } from "onnxruntime-node";
+
+// its binding to native code does not know the arrays of f16 that Node.js 24 has: without them it takes bits
+Reflect.deleteProperty(globalThis, "Float16Array");
+const runtime = await import("onnxruntime-node");
 
 export interface Wire {
   readonly type: Tensor.Type;
@@ -39,13 +43,13 @@ const arrays = {
 const tensorOf = ({ type, dims, bytes }: Wire): Tensor => {
   const array = arrays[type as keyof typeof arrays];
   const copy = bytes.slice();
-  return new Tensor(type as "float32", new array(copy.buffer) as Float32Array, dims);
+  return new runtime.Tensor(type as "float32", new array(copy.buffer) as Float32Array, dims);
 };
 
 const answer = async ({ id, model, inputs }: Question): Promise<Answer> => {
   let session: InferenceSession | undefined;
   try {
-    session = await InferenceSession.create(model.slice(), {
+    session = await runtime.InferenceSession.create(model.slice(), {
       graphOptimizationLevel: "disabled",
       intraOpNumThreads: 1,
       interOpNumThreads: 1,

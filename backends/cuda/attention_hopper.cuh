@@ -188,6 +188,7 @@ struct HopperShape {
   static constexpr int stage = 2 * half + scales;
   static constexpr int query = group_rows * Dim * 2; // bf16, or high and low codes
   static constexpr int control = 2816;
+  static constexpr uint32_t row_tiles = codes ? 4 : 2; // how many tiles would take the time between the last tile of a row and the first of the next
   static constexpr int fit = (227 * 1024 - control - query) / stage;
   static constexpr int stages = fit < 8 ? fit : 8;
   static constexpr int chunk_stages = stages - 1; // the last one's place has the queries of a second row
@@ -234,10 +235,12 @@ struct PairedRows : Rows {
   }
 };
 
-/// What one block does: `left` tiles from a tile of a part of a row on.
+/// What one block does: `left` tiles from a tile of a part of a row on. Where tiles of all rows are divided, `ahead` idle ones count before the
+/// first of each part, for the time that another row takes to begin and end.
 struct Share {
   uint32_t left;
   uint32_t row, part, tile;
+  uint32_t ahead;
   uint32_t before;        // tiles of the launch, or blocks, before that part
   uint32_t piece, pieces; // of its only unit, when rows are divided evenly; else 0
   uint32_t all, blocks;   // tiles of the launch and blocks with work, when all tiles in a row are
@@ -297,9 +300,9 @@ struct Load {
 };
 constexpr uint32_t row_slack = 16, pair_slack = 8;
 
-/// Whole: rows are not divided among blocks, whatever they are.
+/// Whole: rows are not divided among blocks, whatever they are. `ahead`: how many tiles another row costs.
 template <int Parts, bool Whole, class Rows>
-__device__ __forceinline__ Share share_of(const Rows &rows, uint32_t block, uint32_t blocks) {
+__device__ __forceinline__ Share share_of(const Rows &rows, uint32_t block, uint32_t blocks, uint32_t ahead) {
   const Load load = Load::of<Parts>(rows, blocks);
   const auto [tiles, units, longest, fair, each_block] = load;
   Share share{};
@@ -339,12 +342,13 @@ __device__ __forceinline__ Share share_of(const Rows &rows, uint32_t block, uint
       return share;
     }
   }
-  share.all = tiles;
+  share.ahead = ahead;
+  share.all = tiles + units * ahead;
   share.blocks = min((tiles + least_tiles - 1) / least_tiles, blocks);
   if (block >= share.blocks) return share;
-  const uint32_t start = part_of(tiles, block, share.blocks);
-  share.left = part_of(tiles, block + 1, share.blocks) - start;
-  find<Parts>(rows.count, start, [&](uint32_t r) { return rows.noted_tiles(r); }, share);
+  const uint32_t start = part_of(share.all, block, share.blocks);
+  share.left = part_of(share.all, block + 1, share.blocks) - start;
+  find<Parts>(rows.count, start, [&](uint32_t r) { return rows.noted_tiles(r) > 0 ? rows.noted_tiles(r) + ahead : 0; }, share);
   share.tile = start - share.before;
   return share;
 }
@@ -363,7 +367,7 @@ __device__ __forceinline__ void fetch(typename HopperShape<E, Dim>::Control &con
   using S = HopperShape<E, Dim>;
   constexpr int Parts = Heads * ((Group + group_rows - 1) / group_rows);
   constexpr uint64_t hint = Chunk ? hopper::read_again : hopper::read_once;
-  const Share share = share_of<Parts, Chunk>(rows, blockIdx.x, gridDim.x);
+  const Share share = share_of<Parts, Chunk>(rows, blockIdx.x, gridDim.x, S::row_tiles);
   __syncwarp();
   const uint32_t lane = threadIdx.x % 32;
   int newest = 0; // rows of the launch: no page that ends as many positions ahead of a row's own is written by it
@@ -372,16 +376,28 @@ __device__ __forceinline__ void fetch(typename HopperShape<E, Dim>::Control &con
   bool waited = false;
   RingPlace<Chunk ? S::chunk_stages : S::stages> place(0);
   uint32_t unit = 0, unit_phase = 0, left = share.left, before = share.before, row = share.row, part = share.part;
-  int tile = static_cast<int>(share.tile);
+  uint32_t begin = share.tile;
   while (left > 0) {
     const uint32_t together = rows.together(row);
-    const int last = rows.position[row] + static_cast<int>(together) - 1, tiles = last / page_tokens + 1, count = min(tiles - tile, static_cast<int>(left));
-    left -= static_cast<uint32_t>(count);
+    const int last = rows.position[row] + static_cast<int>(together) - 1, tiles = last / page_tokens + 1;
+    const uint32_t all = static_cast<uint32_t>(tiles) + share.ahead, end = min(begin + left, all);
+    const int tile = static_cast<int>(max(begin, share.ahead) - share.ahead), count = static_cast<int>(max(end, share.ahead) - share.ahead) - tile;
+    const uint32_t first = before + share.ahead;
+    left -= end - begin;
+    before += all;
+    begin = 0;
+    const uint32_t own_row = row, own_part = part;
+    if (++part == Parts) {
+      part = 0;
+      if (left > 0)
+        while (rows.tiles(++row) == 0) {}
+    }
+    if (count == 0) continue;
     control.unit_empty[unit].wait(unit_phase ^ 1);
     if (lane == 0) {
       Unit &u = control.units[unit];
-      u.row = static_cast<int32_t>(row);
-      u.part = static_cast<int32_t>(part);
+      u.row = static_cast<int32_t>(own_row);
+      u.part = static_cast<int32_t>(own_part);
       u.first = tile;
       u.count = count;
       u.last_position = last + 1 - static_cast<int>(together);
@@ -390,7 +406,7 @@ __device__ __forceinline__ void fetch(typename HopperShape<E, Dim>::Control &con
       u.pieces = u.helpers = static_cast<int32_t>(share.pieces);
       if (share.pieces == 0) { // the blocks of the unit's first and last tile
         const auto block_of = [&](uint32_t t) { return static_cast<uint32_t>((static_cast<uint64_t>(t + 1) * share.blocks - 1) / share.all); };
-        const uint32_t end = before + static_cast<uint32_t>(tiles), from = block_of(before), to = block_of(end - 1);
+        const uint32_t end = first + static_cast<uint32_t>(tiles), from = block_of(first), to = block_of(end - 1);
         u.piece = static_cast<int32_t>(blockIdx.x - from);
         u.pieces = static_cast<int32_t>(to - from + 1);
         u.helpers = u.pieces - (part_of(share.all, to + 1, share.blocks) > end);
@@ -400,12 +416,12 @@ __device__ __forceinline__ void fetch(typename HopperShape<E, Dim>::Control &con
       if constexpr (From::rotated) hopper::prefetch(from_queries.template row<Dim>(last), Dim * 4);
     }
     if (waited && lane < together) {
-      const int first_head = head_of<Group>(part), queries = min(group_rows, Group - first_head % Group);
-      hopper::prefetch(from_queries.q + (static_cast<int64_t>(row + lane) * Heads * Group + first_head) * Dim, queries * Dim * 2);
+      const int first_head = head_of<Group>(own_part), queries = min(group_rows, Group - first_head % Group);
+      hopper::prefetch(from_queries.q + (static_cast<int64_t>(own_row + lane) * Heads * Group + first_head) * Dim, queries * Dim * 2);
     }
     if (++unit == units_ahead) unit = 0, unit_phase ^= 1;
 
-    const int32_t *const ids = pages + static_cast<int64_t>(row) * pages_of_row;
+    const int32_t *const ids = pages + static_cast<int64_t>(own_row) * pages_of_row;
     int32_t some = 0;
     for (int i = 0; i < count; ++i) {
       if (i % 32 == 0) some = i + static_cast<int>(lane) < count ? ids[tile + i + lane] : 0;
@@ -417,7 +433,7 @@ __device__ __forceinline__ void fetch(typename HopperShape<E, Dim>::Control &con
       control.empty[place.stage()].wait(place.lap() ^ 1);
       if (lane == 0) {
         hopper::Barrier &key_full = control.key_full[place.full], &value_full = control.value_full[place.full];
-        const uint8_t *const from = pool + (static_cast<int64_t>(id) * Heads + part / (Parts / Heads)) * S::P::head;
+        const uint8_t *const from = pool + (static_cast<int64_t>(id) * Heads + own_part / (Parts / Heads)) * S::P::head;
         uint8_t *const to = ring + place.stage() * (2 * S::half), *const scales = ring + S::stages * (2 * S::half) + place.stage() * S::scales;
         key_full.expect(S::half + S::scales);
         hopper::bulk_copy(to, from, S::half, key_full, hint);
@@ -428,13 +444,6 @@ __device__ __forceinline__ void fetch(typename HopperShape<E, Dim>::Control &con
       }
       __syncwarp();
       place.advance(1);
-    }
-    before += static_cast<uint32_t>(tiles);
-    tile = 0;
-    if (++part == Parts) {
-      part = 0;
-      if (left > 0)
-        while (rows.tiles(++row) == 0) {}
     }
   }
   control.unit_empty[unit].wait(unit_phase ^ 1);

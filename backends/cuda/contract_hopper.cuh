@@ -188,9 +188,9 @@ __device__ __forceinline__ uint32_t sum_to_lane(uint32_t own) {
   return own;
 }
 
-/// 64s of rows of a tile: what is gathered beside sums, or sums by two weights, leave registers for half as many.
+/// 64s of rows of a tile: sums by two weights leave registers for half as many.
 template <class Finish>
-constexpr int32_t most_of = Finish::pairs || Finish::gathers ? most_blocks / 2 : most_blocks;
+constexpr int32_t most_of = Finish::pairs ? most_blocks / 2 : most_blocks;
 
 /// Fills in the table of a block to which tiles are dealt, from its groups. All lanes of a warp.
 template <class O, int Weights>
@@ -653,14 +653,15 @@ struct Multiplier {
       for (int e = 0; e < own; ++e) ahead.read[e] = beside(columns, ahead.of[e], ahead.rows[e], 4 * lane);
       return ahead;
     };
-    Ahead next = look_ahead(0);
+    Ahead next;
+    if constexpr (!Finish::gathers) next = look_ahead(0);
 #pragma unroll 1
     for (int number = 0; number < 2 * row_sets<Blocks> * parts; ++number) {
       const int eight = number / parts, part = number % parts;
       const int32_t first_row = row_of_eight(eight) + part * staged;
       if (first_row >= item.end) break; // all of the warps that meet
+      if constexpr (Finish::gathers) next = look_ahead(number); // there are no registers to look ahead
       const Ahead now = next;
-      if constexpr (Finish::gathers) next = look_ahead(number + 1); // of no rows after the last; what is read is on its way meanwhile
       const bool mine = lane / 4 / staged == part;
 #pragma unroll
       for (int r = 0; r < row_sets<Blocks>; ++r)
@@ -685,7 +686,7 @@ struct Multiplier {
         if constexpr (Finish::quantises) quantise(item, columns, first_row + first_own + e, now.of[e], now.rows[e], 4 * lane, fours, now.read[e]);
         else finish_four(item, columns, first_row + first_own + e, now.of[e], now.rows[e], 4 * lane, fours, now.read[e]);
       }
-      if constexpr (!Finish::gathers) next = look_ahead(number + 1);
+      if constexpr (!Finish::gathers) next = look_ahead(number + 1); // past the last one it is not used
       meet_rows(); // before others take their place
     }
   }

@@ -27,6 +27,14 @@ struct Call {
 /// Enqueues one kernel. Called once, while the segment is captured: sizes that vary are read from the headers on the device.
 using Launcher = cudaError_t (*)(const Call &);
 
+/// What a kernel on the device knows of its launch.
+struct Launched {
+  const s3_head *heads;
+  uint32_t segments, stride;
+  const int64_t *dims;
+};
+inline Launched launched(const Call &c) { return {c.heads, c.segments, c.stride, c.dims}; }
+
 struct Entry {
   const char *name;
   uint64_t scratch;
@@ -69,6 +77,14 @@ __device__ __forceinline__ void after_predecessor() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
+/// Rows of all segments together, and what the graph's symbol of that number is.
+__device__ __forceinline__ int64_t all_tokens(const Launched &c) {
+  int64_t tokens = 0;
+  for (uint32_t i = 0; i < c.segments; ++i) tokens += c.heads[i].rows;
+  return tokens;
+}
+__device__ __forceinline__ int64_t size_of(const Launched &c, uint32_t symbol) { return c.dims[symbol]; }
+
 /// Lets the next grid be scheduled onto processors that this one leaves; what it reads of us waits for our end all the same.
 __device__ __forceinline__ void let_successor_start() {
 #if __CUDA_ARCH__ >= 900

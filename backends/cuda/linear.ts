@@ -21,6 +21,7 @@ import {
   quantisedColumns,
 } from "../contraction.ts";
 import { dialect, storage } from "../scalar.ts";
+import { Sizes } from "../sizes.ts";
 import { loadTemplate } from "../template.ts";
 import { linesOf, tileRows, tiles } from "./layout.ts";
 
@@ -131,6 +132,9 @@ const dealtSums = 144 * 256 * 128 * 4;
 /** Attention ranks whose rows one launch of the other side may have. */
 const mostSegments = 32;
 
+/** of s3_head */
+const headBytes = 64;
+
 const roundUp = (n: number, to: number): number => Math.ceil(n / to) * to;
 
 /** Rows that scratch has room for, and its bytes: the sizes of `Packed` in pack_rows.cuh. */
@@ -184,8 +188,13 @@ const match =
       return target.decline(
         `${dtypeOf(x)} x ${dtypeOf(w)} contraction to ${dtypeOf(strange ?? all[0]?.result ?? w)}: sums are f32`,
       );
-    const counted = rowsOf(rows);
-    if (counted === undefined) return target.decline(`${rows} rows are not a multiple of the tokens`);
+    const found = rowsOf(rows);
+    // a kernel before the contraction counts such rows, into a header of their own
+    const counts = found === undefined;
+    if (counts && grouped) return target.decline(`${rows} rows are not a multiple of the tokens`);
+    const counted = found ?? { perToken: true, count: 1 };
+    const sizes = new Sizes(target);
+    const rowsText = counts ? sizes.argument(rows) : "";
     if (inner === 0 || all.some(({ columns }) => columns === 0)) return target.decline("a contraction without elements");
     const results = parts.length === 1 ? work.outputs : (op.body?.outputs ?? []);
     const epilogues = parts.map((part, i) => epilogueOf(i, part, results, rows, operandsOf(part).columns, target));
@@ -208,9 +217,10 @@ const match =
     if (quantises && zeros) return target.decline("quantised results of experts that are not there");
 
     // on the FFN side nobody knows here how many segments a launch will have
-    const most = target.symbols.find((s) => s.name === tokenSymbol)?.max ?? 1;
+    const most = counts ? sizes.largest(rows) : (target.symbols.find((s) => s.name === tokenSymbol)?.max ?? 1);
+    if (most >= 2 ** 31) return target.decline(`as many as ${most} rows`);
     const perSegment = counted.perToken ? most * counted.count : counted.count;
-    const places = counted.perToken && op.place?.startsWith("ffn") ? mostSegments * perSegment : perSegment;
+    const places = !counts && counted.perToken && op.place?.startsWith("ffn") ? mostSegments * perSegment : perSegment;
     // who quantises has a group's columns, who has two sums has all of both: k is not divided, so there must be enough rows
     if ((quantises || pairs) && !grouped && perSegment < leastQuantisedRows)
       return target.decline(
@@ -250,9 +260,16 @@ const match =
       })),
     ];
     const about = parts.map((part, i) => aboutContraction(part, x, all[i]?.w ?? w)).join(" and ");
+    const used = packed ? (gathered ? bytes : 0) + (family === "hopper" ? dealtSums : grouped ? 0 : sharedSums) : 0;
+    const headAt = roundUp(used, 64);
     return {
       context: {
         about,
+        counts,
+        rows: rowsText,
+        sizes: sizes.variables,
+        headAt,
+        mostCounted: most,
         header: packed ? `contract_${family}.cuh` : "contract.cuh",
         hopper: packed && family === "hopper",
         ampere: packed && family === "ampere",
@@ -287,7 +304,7 @@ const match =
         rowPerToken,
         zeros,
       },
-      scratch: packed ? (gathered ? bytes : 0) + (family === "hopper" ? dealtSums : grouped ? 0 : sharedSums) : 0,
+      scratch: counts ? headAt + headBytes : used,
       layouts: packed ? Object.fromEntries(all.map((o) => [o.indexOf("w"), tiles])) : {},
       about,
       ...(unit === "E4m3" && family === "hopper" ? { inexact: codeSums } : {}),

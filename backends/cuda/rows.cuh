@@ -10,22 +10,6 @@
 
 namespace s3 {
 
-/// What a kernel on the device knows of its launch.
-struct Launched {
-  const s3_head *heads;
-  uint32_t segments, stride;
-  const int64_t *dims;
-};
-inline Launched launched(const Call &c) { return {c.heads, c.segments, c.stride, c.dims}; }
-
-/// Rows of all segments together, and what the graph's symbol of that number is.
-__device__ __forceinline__ int64_t all_tokens(const Launched &c) {
-  int64_t tokens = 0;
-  for (uint32_t i = 0; i < c.segments; ++i) tokens += c.heads[i].rows;
-  return tokens;
-}
-__device__ __forceinline__ int64_t size_of(const Launched &c, uint32_t symbol) { return c.dims[symbol]; }
-
 /// All (row, tile) pairs that a launch may have, a block for each. A tile is a part of the columns. Rows count over all segments: segment i
 /// starts at row i * stride * per_token.
 struct RowGrid {

@@ -216,7 +216,8 @@ const rowForm = (op: Op): string | undefined => {
     const columns = shape.length === 0 || typeof shape.at(-1) === "number";
     return columns && (shape.length <= 1 ? isElementwise(op) : shape.length === rank && rowsText(v) === rows);
   });
-  return fits && typeof widthOf(out) === "number" ? `[${rows},]` : undefined;
+  // rows of no elements are nothing to fuse
+  return fits && typeof widthOf(out) === "number" && widthOf(out) !== 0 ? `[${rows},]` : undefined;
 };
 
 const addWidths = (to: Widths, op: Op): void => {

@@ -64,6 +64,18 @@ export const linear: Knowledge = {
     sample("large", 520, 256, "bf16", { to: "f32" }),
     sample("large, many rows", 300, 448, "bf16", {}, 150),
     sample("large, ragged", 515, 261, "bf16", { to: "f32" }, 37),
+    {
+      name: "rows of a batch",
+      inputs: [tensor("f32", ["B*S", 24]), tensor("f32", [17, 24])],
+      attrs: {},
+      symbols: { B: 2, S: 3 },
+    },
+    {
+      name: "large, rows of a batch",
+      inputs: [tensor("bf16", ["B*S", 256]), tensor("bf16", [520, 256])],
+      attrs: { to: "f32" },
+      symbols: { B: 3, S: 7 },
+    },
     { name: "pairs", inputs: [tensor("bf16", ["3*T", 64]), tensor("bf16", [24, 64])], attrs: {}, symbols: { T: 2 } },
     { name: "two rows for certain", inputs: [tensor("f32", [2, 8]), tensor("f32", [3, 8])], attrs: {} },
   ],

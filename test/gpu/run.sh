@@ -58,6 +58,7 @@ check_kernels() {
 check_bundles() {
   local bundle name role code transport prompt line
   for bundle in bundles/*/; do
+    [ -d "$bundle" ] || continue
     bundle=${bundle%/}
     name=$(basename "$bundle")
     built "$name-attention" && built "$name-ffn" || continue
