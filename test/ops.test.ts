@@ -83,6 +83,7 @@ describe("every op", () => {
       sampleCase(k.name, sample, 1).inputs,
       undefined,
       new Map(c.graph.states.map((s) => [s.name, kvState(4)])),
+      c.symbols,
     );
     expect(again).toEqual(results);
   });
