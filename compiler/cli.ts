@@ -172,7 +172,7 @@ runner(program.command("score").description("teacher-forced logits and perplexit
 program
   .command("eval")
   .description("run a graph once on given inputs; of a bundle, which is built once, at any sizes that it was compiled for")
-  .argument("<graph>", "file.step3, or a bundle of one")
+  .argument("<graph>", "model.onnx, file.step3, or a bundle of one")
   .addOption(
     new Option("--input <name=file>", "an input, a .npy file (once for each input)").argParser(collect).default([], "none"),
   )
