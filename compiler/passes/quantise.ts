@@ -1,5 +1,5 @@
 /**
- * The precision policies. `fp8`: every linear but those marked `keep` (router, head) takes e4m3 weights with a scale for each 128x128
+ * The precision policies. `fp8`: every linear but those marked `keep` (router, head) and those whose results choose takes e4m3 weights with a scale for each 128x128
  * block and an input quantised per row and 128 columns; codes and scales that a checkpoint stores in the same blocks pass through.
  * `int8`: a scale for each row of a weight, and one for each row of an input. KV `fp8`, `int8`: a scale for each token and head.
  * An input is quantised once, whatever number of linears take it.
@@ -7,13 +7,14 @@
 import { rewrite } from "../../ir/build.ts";
 import { UserError } from "../../ir/error.ts";
 import type { Graph, StoredSource, Value, Weight, WeightSource } from "../../ir/graph.ts";
+import { knowledge } from "../../ir/ops/index.ts";
 import { isFloat, type KvType, type TensorType, tensor } from "../../ir/type.ts";
 import type { Pass } from "../pass.ts";
 import { numbers } from "../weights/plan.ts";
 import { quantisedValues } from "../weights/values.ts";
 import { contraction } from "./contraction.ts";
 import { withoutDead } from "./dead.ts";
-import { freshNames } from "./flow.ts";
+import { flowOf, freshNames } from "./flow.ts";
 
 export type Precision = "bf16" | "fp8" | "int8";
 
@@ -80,6 +81,22 @@ const withStates = (g: Graph, dtype: "e4m3" | "i8"): Graph => {
   };
 };
 
+/** Contractions whose results, alone or through elements and softmax, are put in order: an error there chooses something else. */
+const choosersOf = (g: Graph): ReadonlySet<string> => {
+  const { producer } = flowOf(g);
+  const found = new Set<string>();
+  const seen = new Set<string>();
+  const mark = (v: Value): void => {
+    const op = producer.get(v.name);
+    if (op === undefined || seen.has(v.name)) return;
+    seen.add(v.name);
+    if (contraction(op) !== undefined) found.add(v.name);
+    else if (knowledge(op.kind).scalar !== undefined || op.kind === "softmax" || op.kind === "reshape") op.inputs.forEach(mark);
+  };
+  for (const op of g.ops) if (op.kind === "topk" || op.kind === "sort") mark(op.inputs[0] as Value);
+  return found;
+};
+
 export const quantise = (options: QuantiseOptions): Pass => ({
   name: "quantise",
   after: ["fold"],
@@ -90,6 +107,7 @@ export const quantise = (options: QuantiseOptions): Pass => ({
     const weights = new Map(g.weights.map((w) => [w.value.name, w]));
     const inputs = new Map<string, readonly Value[]>();
     const stored = new Map<string, readonly Value[]>();
+    const choosers = choosersOf(g);
     const cached = kv !== "bf16" && g.states.length > 0 && context.apply();
 
     const result = rewrite(cached ? withStates(g, codesOf[kv]) : g, (op, b) => {
@@ -114,6 +132,7 @@ export const quantise = (options: QuantiseOptions): Pass => ({
       const c = contraction(op);
       const weight = c === undefined ? undefined : weights.get(c.w.name);
       if (c === undefined || weight === undefined || policy === "bf16") return undefined;
+      if (choosers.has((op.outputs[0] as Value).name)) return undefined;
       if (op.attrs.keep === true || c.ws !== undefined || !isFloat(weight.value.type.dtype) || !context.apply()) return undefined;
       const shape = weight.value.type.shape as readonly number[];
       const [rows, columns] = shape.slice(-2) as [number, number];
