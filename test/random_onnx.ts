@@ -1171,6 +1171,74 @@ const dtypesByOpset =
 const alpha = (m: Maker): Attributes => (m.chance(0.5) ? { alpha: { f: 0.375 } } : {});
 const both = (m: Maker): Attributes => ({ ...alpha(m), ...(m.chance(0.5) && { beta: { f: 0.25 } }) });
 
+// --- windows ---
+
+/** Convolutions and pools over one or two axes. */
+const windowed: Recipe = (m, op) => {
+  const conv = op === "Conv";
+  const groups = conv ? m.pick([1, 1, 2]) : 1;
+  const channels = groups * m.between(1, 2);
+  const sizes = Array.from({ length: m.between(1, 2) }, () => m.between(3, 6));
+  const kernel = sizes.map(() => m.between(1, 3));
+  const strides = sizes.map(() => m.between(1, 3));
+  const dilations = sizes.map(() => (conv && m.chance(0.3) ? 2 : 1));
+  const pads = [...kernel, ...kernel].map((k) => m.below(k));
+  const places = sizes.map((size, i) => {
+    const reach = size + (pads[i] as number) + (pads[i + sizes.length] as number);
+    return Math.floor((reach - ((kernel[i] as number) - 1) * (dilations[i] as number) - 1) / (strides[i] as number)) + 1;
+  });
+  if (places.some((n) => n < 1)) return;
+  const batch = m.between(1, 2);
+  const x = m.fresh("f32", [batch, channels, ...sizes]);
+  const attributes = {
+    kernel_shape: { ints: kernel },
+    ...(m.chance(0.8) && { strides: { ints: strides }, pads: { ints: pads } }),
+    ...(dilations.some((d) => d > 1) && { dilations: { ints: dilations } }),
+    ...(op === "AveragePool" && m.chance(0.5) && { count_include_pad: { i: 1 } }),
+  };
+  const plain = !("strides" in attributes);
+  const shape = plain ? sizes.map((size, i) => size - ((kernel[i] as number) - 1) * (dilations[i] as number)) : places;
+  if (shape.some((n) => n < 1)) return;
+  if (!conv) {
+    m.node(op, [x], attributes, [{ dtype: "f32", shape: [batch, channels, ...shape], exact: op === "MaxPool" }]);
+    return;
+  }
+  const outputs = groups * m.between(1, 3);
+  const w = m.fresh("f32", [outputs, channels / groups, ...kernel]);
+  const bias = m.chance(0.5) ? m.fresh("f32", [outputs]) : undefined;
+  const result: Result = { dtype: "f32", shape: [batch, outputs, ...shape], exact: false, bound: 500 };
+  m.node(op, [x, w, bias], { ...attributes, group: { i: groups } }, [result]);
+};
+
+const globalPool: Recipe = (m, op) => {
+  const x = m.fresh("f32", [m.between(1, 2), m.between(1, 3), m.between(1, 4), m.between(1, 4)]);
+  m.node(op, [x], {}, [{ dtype: "f32", shape: [...x.shape.slice(0, 2), 1, 1], exact: op === "GlobalMaxPool" }]);
+};
+
+const blocks: Recipe = (m, op) => {
+  const size = m.between(1, 2);
+  const [n, channels, height, width] = [m.between(1, 2), m.between(1, 2), m.between(1, 3), m.between(1, 3)];
+  const deep = [n, channels * size * size, height, width];
+  const broad = [n, channels, height * size, width * size];
+  const toSpace = op === "DepthToSpace";
+  const x = m.fresh("f32", toSpace ? deep : broad);
+  const mode = toSpace && m.chance(0.5) ? { mode: { s: "CRD" } } : {};
+  m.node(op, [x], { blocksize: { i: size }, ...mode }, [{ dtype: "f32", shape: toSpace ? broad : deep, exact: true }]);
+};
+
+const batchNorm: Recipe = (m, op) => {
+  const channels = m.between(1, 3);
+  const x = m.fresh("f32", [m.between(1, 2), channels, m.between(1, 4)]);
+  const vector = (draw: "normal" | "positive"): Known => m.fresh("f32", [channels], draw);
+  const inputs = [x, vector("normal"), vector("normal"), vector("normal"), vector("positive")];
+  m.node(op, inputs, { epsilon: { f: 0.01 } }, [{ dtype: "f32", shape: x.shape, exact: false }]);
+};
+
+const hardmax: Recipe = (m, op) => {
+  const x = m.value(["f32"], { least: 1, exact: true, test: (k) => count(k.shape) > 0 });
+  m.node(op, [x], { axis: { i: m.signed(m.below(x.shape.length), x.shape.length) } }, [{ dtype: "f32", shape: x.shape }]);
+};
+
 /** Every operator, the opset it is there from, and how a node of it is made. */
 export const recipes: readonly Entry[] = [
   ...(["Add", "Sub", "Mul"] as const).map((op): Entry => [op, 7, binary(dtypesByOpset(14, arithmetic, everything))]),
@@ -1301,6 +1369,15 @@ export const recipes: readonly Entry[] = [
   ["GroupNormalization", 18, channelNorm],
   ["InstanceNormalization", 7, channelNorm],
   ["LpNormalization", 7, lpNorm],
+  ["BatchNormalization", 9, batchNorm],
+  ["Hardmax", 13, hardmax],
+  ["Conv", 7, windowed],
+  ["MaxPool", 7, windowed],
+  ["AveragePool", 7, windowed],
+  ["GlobalAveragePool", 7, globalPool],
+  ["GlobalMaxPool", 7, globalPool],
+  ["SpaceToDepth", 7, blocks],
+  ["DepthToSpace", 11, blocks],
   ["If", 7, branch],
   ["Loop", 11, loop],
   ["Scan", 9, scan],

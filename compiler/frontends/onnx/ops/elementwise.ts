@@ -255,6 +255,11 @@ export const elementwise: Readonly<Record<string, Lowering>> = {
   }),
   LeakyRelu: formula((e, x, c, n) => e.op("where", [e.op("less", [x, n(0)]), e.op("mul", [n(c.float("alpha", 0.01)), x]), x])),
   ThresholdedRelu: formula((e, x, c, n) => e.op("where", [e.op("less", [n(c.float("alpha", 1)), x]), x, n(0)])),
+  Shrink: formula((e, x, c, n) => {
+    const [bias, lambd] = [c.float("bias", 0), c.float("lambd", 0.5)];
+    const above = e.op("where", [e.op("less", [n(lambd), x]), e.op("sub", [x, n(bias)]), n(0)]);
+    return e.op("where", [e.op("less", [x, n(-lambd)]), e.op("add", [x, n(bias)]), above]);
+  }),
   PRelu: (c) =>
     inWide(c.e, [c.x(0), c.x(1)], (x, slope) =>
       c.e.op("where", [binary(c.e, "less", x, c.e.number(0, x.type.dtype)), binary(c.e, "mul", slope, x), x]),

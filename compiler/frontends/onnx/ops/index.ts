@@ -12,6 +12,7 @@ import { products } from "./products.ts";
 import { conversions, quantisations } from "./quantise.ts";
 import { reductions } from "./reduce.ts";
 import { shape } from "./shape.ts";
+import { windows } from "./windows.ts";
 
 const onnx = {
   ...elementwise,
@@ -21,6 +22,7 @@ const onnx = {
   ...products,
   ...normalisations,
   ...control,
+  ...windows,
   ...attentionOps,
   ...quantisations,
   ...contribOfOnnx,

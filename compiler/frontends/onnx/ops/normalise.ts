@@ -108,6 +108,54 @@ const lpNorm: Lowering = (c) =>
     return back(c.e.op("where", [c.e.op("equal", [norm, zero]), zero, c.e.op("div", [rows, norm])]));
   });
 
+/** (x - mean) / sqrt(variance + epsilon) scale + bias, of channels, with what training left */
+const batchNorm: Lowering = (c) => {
+  if (c.flag("training_mode", false)) c.fail("training_mode is set; export the model for inference");
+  return inWide(
+    c.e,
+    [0, 1, 2, 3, 4].map((i) => c.x(i)),
+    (x, scale, bias, mean, variance) => {
+      const dtype = (x as Item).type.dtype;
+      const ofChannels = (v: Item): Item =>
+        c.e.reshape(c.e.cast(v, dtype), [v.type.shape[0] as Dim, ...(x as Item).type.shape.slice(2).map((): Dim => 1)]);
+      const [s, b, m, v] = [scale, bias, mean, variance].map((y) => ofChannels(y as Item)) as [Item, Item, Item, Item];
+      const root = c.e.op("sqrt", [binary(c.e, "add", v, c.e.number(c.float("epsilon", 1e-5), dtype))]);
+      const normal = binary(c.e, "div", binary(c.e, "sub", x as Item, m), root);
+      return binary(c.e, "add", binary(c.e, "mul", normal, s), b);
+    },
+  );
+};
+
+/** (x - mean) / (deviation + 1e-9) over axes */
+const meanVariance: Lowering = (c) =>
+  inWide(c.e, [c.x0], (x) => {
+    const rank = x.type.shape.length;
+    const axes = c.axes(c.ints("axes") ?? [0, 2, 3], rank);
+    const kept = x.type.shape.map((_, i) => i).filter((i) => !axes.includes(i));
+    const order = [...kept, ...axes];
+    const moved = c.e.transpose(x, order);
+    const rows = c.e.reshape(moved, [
+      ...kept.map((i) => x.type.shape[i] as Dim),
+      product(axes.map((i) => x.type.shape[i] as Dim)),
+    ]);
+    const centred = c.e.op("sub", [rows, c.e.op("reduce", [rows], { fn: "mean" })]);
+    const deviation = c.e.op("sqrt", [c.e.op("reduce", [c.e.op("mul", [centred, centred])], { fn: "mean" })]);
+    const normal = c.e.op("div", [centred, binary(c.e, "add", deviation, c.e.number(1e-9, x.type.dtype))]);
+    return c.e.transpose(
+      c.e.reshape(normal, moved.type.shape),
+      order.map((_, i) => order.indexOf(i)),
+    );
+  });
+
+/** 1 at the first of the largest elements of each row, 0 elsewhere */
+const firstLargest = (c: Call, x: Item): Item => {
+  const extent = x.type.shape.at(-1) as Dim;
+  const place = c.e.iota([extent], 0, "i64");
+  const is = c.e.op("equal", [x, c.e.op("reduce", [x], { fn: "max" })]);
+  const first = c.e.op("reduce", [c.e.op("where", [is, place, c.e.dims([extent], "i64", [])])], { fn: "min" });
+  return c.e.cast(c.e.op("equal", [place, first]), x.type.dtype);
+};
+
 export const normalisations: Readonly<Record<string, Lowering>> = {
   Softmax: (c) => overAxis(c, (x) => softmaxOfRows(c, x)),
   LogSoftmax: (c) => overAxis(c, (x) => logSoftmaxOfRows(c, x)),
@@ -116,4 +164,7 @@ export const normalisations: Readonly<Record<string, Lowering>> = {
   GroupNormalization: groupNorm,
   InstanceNormalization: groupNorm,
   LpNormalization: lpNorm,
+  BatchNormalization: batchNorm,
+  MeanVarianceNormalization: meanVariance,
+  Hardmax: (c) => overAxis(c, (x) => firstLargest(c, x)),
 };
