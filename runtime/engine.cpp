@@ -433,15 +433,25 @@ void Engine::run(const s3_round &round, const std::vector<std::uint32_t> &rows) 
   const std::int64_t from = now();
   if (queued_) net(transport_->settle(net_, queue_, options_.step_ms));
   else if (last) dev(device_->wait(dev_, last, 0), "running");
-  stats.compute_ns += now() - from;
-  std::int64_t done = 0;
+  const std::int64_t settled = now();
+  stats.compute_ns += settled - from;
+  struct Timed {
+    const Action *action;
+    std::int64_t end;
+  };
+  std::vector<Timed> times;
   for (std::size_t i = 0; i < ends.size(); i++) {
     const Action &a = plan.actions[i];
     if (a.op == Step::Op::post || a.op == Step::Op::reply) continue;  // in the queue of a peer
-    std::int64_t end = 0;
-    dev(device_->elapsed(dev_, begin, ends[i], &end), "timing");
-    traced(plan, a, round.round, zero + done, zero + end);
-    done = end;
+    times.push_back({&a, 0});
+    dev(device_->elapsed(dev_, begin, ends[i], &times.back().end), "timing");
+  }
+  // the host may have looked at its clock late: all of the round lies before its end
+  for (const Timed &t : times) zero = std::min(zero, settled - t.end);
+  std::int64_t done = 0;
+  for (const Timed &t : times) {
+    traced(plan, *t.action, round.round, zero + done, zero + t.end);
+    done = t.end;
   }
   if (plan.kept.bytes > 0) {
     ids_.resize(plan.kept.bytes / sizeof(std::int32_t));

@@ -22,6 +22,7 @@ export const ioError = (path: string, doing: string, error: unknown): UserError 
   );
 
 export const createOutput = async (plan: WeightsPlan, hasher: Hasher, algorithm: HashName): Promise<Output> => {
+  const header = headerOf(plan);
   let handle: FileHandle;
   try {
     handle = await open(plan.path, "w+");
@@ -89,7 +90,6 @@ export const createOutput = async (plan: WeightsPlan, hasher: Hasher, algorithm:
     await Promise.all([digest(position, piece), free]);
   };
 
-  const header = headerOf(plan);
   const start = header.length;
   const total = start + plan.weights.reduce((n, w) => n + w.bytes, 0);
   await both(0, header);
