@@ -195,6 +195,16 @@ const nested = (depth: number): Uint8Array => {
   return joined(onnx.ModelProto.encode({ irVersion: 8 }).finish(), ...parts.reverse());
 };
 
+test("nodes may stand before those whose results they read, within graphs too", () => {
+  const { graph } = read(modelOf(chain({ node: [relu("h", "y"), relu("g", "h"), relu("x", "g")] })));
+  expect(graph.nodes.map((n) => n.outputs[0])).toEqual(["g", "h", "y"]);
+  const inner: onnx.IGraphProto = { name: "inner", output: [{ name: "z", type: type(["N", 4]) }], node: [relu("g", "z")] };
+  const branch = ["then_branch", "else_branch"].map((name) => ({ name, type: AttributeProto.AttributeType.GRAPH, g: inner }));
+  const node = [{ opType: "If", input: ["c"], output: ["y"], attribute: branch }, relu("x", "g")];
+  const initializer = [ofNumbers("c", TensorProto.DataType.BOOL, [], { int32Data: [1] })];
+  expect(read(modelOf(chain({ node, initializer }))).graph.nodes.map((n) => n.op)).toEqual(["Relu", "If"]);
+});
+
 test("whatever is wrong gets a line that names node and field", () => {
   const w = (data: onnx.ITensorProto, dims: readonly number[] = [2]): Uint8Array =>
     modelOf(chain({ initializer: [ofNumbers("w", 1, dims, data)] }));
@@ -207,8 +217,9 @@ test("whatever is wrong gets a line that names node and field", () => {
     [modelOf(chain(), { opsetImport: [{ version: 0 }] }), "opset_import[0]: version 0 of ''"],
     [
       modelOf(chain({ node: [relu("h", "y"), relu("y", "h")] })),
-      "graph.node[0] (Relu): it reads 'h', which nothing before it makes",
+      "graph.node[0] (Relu): it reads 'h', which nothing before it makes: nodes read each other in a circle",
     ],
+    [modelOf(chain({ node: [relu("q", "y")] })), "graph.node[0] (Relu): it reads 'q', which nothing makes"],
     [modelOf(chain({ node: [relu("x", "y"), relu("x", "y")] })), "graph.node[1] (Relu): it makes 'y', which is there already"],
     [modelOf(chain({ node: [relu("x", "x")] })), "graph.node[0] (Relu): it makes 'x', which is there already"],
     [modelOf(chain({ node: [] })), "graph.output[0]: nothing makes 'y'"],

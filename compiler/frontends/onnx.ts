@@ -270,6 +270,47 @@ class Names {
 /** Places within places are long. */
 const longestPlace = 600;
 
+/** Names that a node reads, those of graphs within it too. */
+const readsOf = (node: Message): readonly string[] => {
+  const reads: string[] = [];
+  const todo = [node];
+  for (let n = todo.pop(); n !== undefined; n = todo.pop()) {
+    reads.push(...texts(n, "input"));
+    for (const a of list(n, "attribute"))
+      for (const g of [a.get("g") as Message | undefined, ...list(a, "graphs")]) if (g) todo.push(...list(g, "node"));
+  }
+  return reads;
+};
+
+/** The nodes' numbers in an order in which each comes after those whose results it reads; that of the file where they read each other in a circle. */
+const orderOf = (nodes: readonly Message[]): readonly number[] => {
+  const maker = new Map<string, number>();
+  for (const [i, n] of nodes.entries()) for (const v of texts(n, "output")) if (v !== "" && !maker.has(v)) maker.set(v, i);
+  const before = nodes.map((n) => readsOf(n).flatMap((v) => maker.get(v) ?? []));
+  if (before.every((makers, i) => makers.every((j) => j < i))) return nodes.map((_, i) => i);
+  const order: number[] = [];
+  const state = new Uint8Array(nodes.length); // 1: begun, 2: in the order
+  for (const [first] of nodes.entries()) {
+    const todo = [first];
+    while (todo.length > 0) {
+      const i = todo.at(-1) as number;
+      const next = state[i] === 0 ? before[i]?.filter((j) => state[j] === 0 && j !== i) : [];
+      if (state[i] === 0) state[i] = 1;
+      if (next !== undefined && next.length > 0) {
+        todo.push(...next.reverse());
+        continue;
+      }
+      todo.pop();
+      if (state[i] !== 2) order.push(i);
+      state[i] = 2;
+    }
+  }
+  const at = new Int32Array(nodes.length);
+  for (const [place, i] of order.entries()) at[i] = place;
+  const right = before.every((makers, i) => makers.every((j) => (at[j] as number) < (at[i] as number)));
+  return right ? order : nodes.map((_, i) => i);
+};
+
 /** Reads one file. */
 class Reader {
   private readonly file: string;
@@ -511,10 +552,17 @@ class Reader {
 
   /** `known`: values that the nodes may read; `own`: those that they may not make again. Both grow by what the nodes make. */
   private nodes(m: Message, place: string, known: Names, own: Set<string>): readonly OnnxNode[] {
-    return list(m, "node").map((n, i) => {
-      const node = this.node(n, `${place}.node[${i}]`, known);
+    const all = list(m, "node");
+    return orderOf(all).map((i) => {
+      const node = this.node(all[i] as Message, `${place}.node[${i}]`, known);
       const missing = node.inputs.find((v) => v !== "" && !known.has(v));
-      if (missing !== undefined) this.fail(node.place, `it reads '${missing}', which nothing before it makes`);
+      if (missing !== undefined) {
+        const made = all.some((n) => texts(n, "output").includes(missing));
+        this.fail(
+          node.place,
+          `it reads '${missing}', which ${made ? "nothing before it makes: nodes read each other in a circle" : "nothing makes"}`,
+        );
+      }
       for (const v of node.outputs) {
         if (v === "") continue;
         if (own.has(v)) this.fail(node.place, `it makes '${v}', which is there already`);
