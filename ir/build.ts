@@ -219,8 +219,7 @@ export class Builder implements Build {
     try {
       return work();
     } catch (error) {
-      if (error instanceof UserError && op.origin !== undefined)
-        throw new UserError(`${op.origin}: ${error.message}`, error.exitCode);
+      if (error instanceof UserError && op.origin !== undefined) throw error.at(op.origin);
       throw error;
     }
   }

@@ -173,9 +173,11 @@ export const divDim = (a: Dim, by: number): Dim => (typeof a === "number" ? Math
 export const ceilDivDim = (a: Dim, by: number): Dim => divDim(addDim(a, by - 1), by);
 export const product = (dims: readonly Dim[]): Dim => dims.reduce(mulDim, 1);
 
-/** The value of a dim once its symbols have values; throws when a symbol has none. */
+/** The value of a dim once its symbols have values, or it has one as a whole; throws when a symbol has none. */
 export const evalDim = (d: Dim, values: ReadonlyMap<string, number>): number => {
   if (typeof d === "number") return d;
+  const whole = values.get(d);
+  if (whole !== undefined) return whole;
   let sum = 0;
   for (const [monomial, coefficient] of read(d)) {
     let term = coefficient;

@@ -11,6 +11,11 @@ export const fail = (message: string): never => {
   throw new UserError(message);
 };
 
+/** Fails for two sizes that had to be one. */
+export const unequal = (message: string, a: Dim, b: Dim): never => {
+  throw new UserError(message, 1, [a, b]);
+};
+
 /** `what` is the input's name in the op's signature. */
 export const count = (inputs: readonly Type[], names: readonly string[]): void => {
   if (inputs.length !== names.length)
@@ -38,7 +43,7 @@ export const dtype = (t: TensorType, allowed: readonly DType[], what: string): v
 };
 
 export const sameDim = (a: Dim, b: Dim, what: string): void => {
-  if (a !== b) fail(`${what}: ${dimText(a)} is not ${dimText(b)}`);
+  if (a !== b) unequal(`${what}: ${dimText(a)} is not ${dimText(b)}`, a, b);
 };
 
 /** The dim of an axis that must be a number, such as the columns of a weight. */
@@ -126,7 +131,8 @@ export const broadcast = (types: readonly TensorType[]): readonly Dim[] => {
     for (const t of types) {
       const d = t.shape[i - (axes - t.shape.length)] ?? 1;
       if (d === 1 || d === dim) continue;
-      if (dim !== 1) fail(`shapes ${types.map(typeText).join(" and ")} do not broadcast: ${dimText(dim)} against ${dimText(d)}`);
+      if (dim !== 1)
+        unequal(`shapes ${types.map(typeText).join(" and ")} do not broadcast: ${dimText(dim)} against ${dimText(d)}`, dim, d);
       dim = d;
     }
     return dim;

@@ -5,10 +5,11 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { onnx } from "onnx-proto";
 import { afterAll, expect, test } from "vitest";
+import { importOnnx } from "../compiler/frontends/onnx/import.ts";
 import { type OnnxModel, type OnnxTensor, readOnnx, readOnnxBytes, readOnnxTensor } from "../compiler/frontends/onnx.ts";
 import { inspect } from "../compiler/inspect.ts";
 import { UserError } from "../ir/error.ts";
-import { randomNumbers } from "../ir/index.ts";
+import { randomNumbers, typeText } from "../ir/index.ts";
 
 const folder = mkdtempSync(join(tmpdir(), "step3c-onnx-"));
 afterAll(() => rmSync(folder, { recursive: true }));
@@ -203,6 +204,29 @@ test("nodes may stand before those whose results they read, within graphs too", 
   const node = [{ opType: "If", input: ["c"], output: ["y"], attribute: branch }, relu("x", "g")];
   const initializer = [ofNumbers("c", TensorProto.DataType.BOOL, [], { int32Data: [1] })];
   expect(read(modelOf(chain({ node, initializer }))).graph.nodes.map((n) => n.op)).toEqual(["Relu", "If"]);
+});
+
+test("sizes that are named apart and have to be one are one", () => {
+  const input = [
+    { name: "x", type: type(["past", 4]) },
+    { name: "y", type: type(["now", 4]) },
+    { name: "z", type: type(["total", 1]) },
+  ];
+  const node = [
+    { opType: "Concat", input: ["x", "y"], output: ["xy"], attribute: [{ name: "axis", type: 2, i: 0 }] },
+    { opType: "Add", input: ["xy", "z"], output: ["sum"] },
+  ];
+  const output = [{ name: "sum", type: type(["total", 4]) }];
+  const model = read(modelOf({ name: "apart", input, node, output }));
+  const limits = new Map(["past", "now"].map((name) => [name, [1, 8] as const]));
+  const { graph } = importOnnx(model, "m.onnx", { limits });
+  expect(graph.inputs.map((v) => typeText(v.type))).toEqual(["f32[past,4]", "f32[now,4]", "f32[now+past,1]"]);
+  expect(graph.symbols.map((v) => v.name)).toEqual(["past", "now"]);
+  // a symbol that stays needs limits, and a number is not made of a symbol
+  expect(() => importOnnx(model, "m.onnx", { limits: new Map([["past", [1, 8]]]) })).toThrow(/m\.onnx: .*'now' has no limit/);
+  const wrong = [{ name: "z", type: type([3, 1]) }];
+  const unfit = read(modelOf({ name: "apart", input: [...input.slice(0, 2), ...wrong], node, output }));
+  expect(() => importOnnx(unfit, "m.onnx", { limits })).toThrow("do not broadcast: now+past against 3");
 });
 
 test("whatever is wrong gets a line that names node and field", () => {

@@ -167,6 +167,44 @@ mha("scores' bias", {}, [...three(3, 5), undefined, undefined, f(1, 2, 3, 5)]);
 mha("past", {}, [...three(3, 3), undefined, undefined, undefined, heads(4), heads(4)], present);
 mha("past, causal, bias", { unidirectional: 1 }, [...three(3, 3), f(96), undefined, f(2, 2, 3, 7), heads(4), heads(4)], present);
 
+const oneProjection = (
+  name: string,
+  attributes: Readonly<Record<string, Attribute>>,
+  inputs: readonly (Operand | undefined)[],
+  outputs = ["y"],
+): void => add("Attention", name, { num_heads: 2, ...attributes }, inputs, outputs);
+const projected = (rows: number): Operand[] => [f(2, rows, 24), w(24, 96), w(96)];
+oneProjection("as it is", {}, projected(5));
+oneProjection("causal", { unidirectional: 1 }, projected(5));
+oneProjection("lengths", {}, [...projected(5), i32(2, 5)]);
+oneProjection("padding", {}, [...projected(3), integers("i32", [2, 3], [1, 1, 0, 1, 0, 1])]);
+oneProjection("past, causal", { unidirectional: 1 }, [...projected(3), undefined, f(2, 2, 2, 4, 16)], ["y", "present"]);
+oneProjection("scores' bias, scale", { scale: float(0.1) }, [...projected(3), undefined, undefined, f(1, 2, 3, 3)]);
+
+const words = (rows: number): Operand =>
+  integers(
+    "i32",
+    [2, rows],
+    Array.from({ length: 2 * rows }, (_, i) => (i * 5) % 11),
+  );
+add("EmbedLayerNormalization", "places", {}, [words(4), undefined, w(11, 8), w(9, 8), undefined, w(8), w(8)], ["y", "mask"]);
+add(
+  "EmbedLayerNormalization",
+  "segments and a mask",
+  { epsilon: float(0.01) },
+  [
+    words(3),
+    integers("i32", [2, 3], [0, 1, 1, 0, 0, 1]),
+    w(11, 8),
+    w(9, 8),
+    w(2, 8),
+    w(8),
+    w(8),
+    integers("i32", [2, 3], [1, 1, 0, 1, 1, 1]),
+  ],
+  ["y", "mask"],
+);
+
 // --- recurrences ---
 for (const activation of ["none", "silu"])
   add("CausalConvWithState", activation, { activation }, [f(2, 4, 5), w(4, 1, 3), w(4), f(2, 4, 2)], ["y", "s"]);

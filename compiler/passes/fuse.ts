@@ -443,7 +443,8 @@ const assemble = (g: Graph, chosen: ReadonlyMap<string, ReadonlySet<string>>, co
   for (const op of [...g.ops].reverse()) {
     if (groupOf.has(op)) continue;
     const [out] = op.outputs as readonly [Value];
-    const free = isFree(op) && (op.kind === "const" || isElementwise(op));
+    // with rows of its own it is computed once: those that read it may have others
+    const free = isFree(op) && (op.kind === "const" || (isElementwise(op) && shapeOf(out).length <= 1));
     // for an op that cannot read, a cast is made by the kernel of what is cast
     const read = isCast(op) && rowForm(op) !== undefined && !flow.outputs.has(out.name) && usesOf(flow, out).every(canRead);
     if (free || read) readings.add(op);

@@ -158,7 +158,12 @@ export const fusedWith = (knowledge: Lookup): Knowledge => ({
       const datum: Datum = { ...type, shape: type.shape as readonly number[], data: new Float64Array(0) };
       return [{ ...v, datum }];
     });
-    const symbols = bindSymbols([...body.inputs.map((v, i) => ({ ...v, datum: inputs[i] as Datum })), ...results]);
+    const operands = [...body.inputs.map((v, i) => ({ ...v, datum: inputs[i] as Datum })), ...results];
+    const symbols = new Map(bindSymbols(operands));
+    // of a body, sums of symbols may be all that is known
+    for (const { type, datum } of operands)
+      if (type.kind === "tensor" && datum.kind === "tensor")
+        for (const [i, d] of type.shape.entries()) if (typeof d === "string") symbols.set(d, datum.shape[i] as number);
     interpret(body.ops, values, symbols, knowledge);
     return body.outputs.map((v) => values.get(v.name) as Datum);
   },

@@ -123,7 +123,7 @@ export const inferTypes = (kind: string, inputs: readonly Type[], attrs: Attrs, 
   try {
     return op.infer(inputs, attrs, body);
   } catch (error) {
-    if (error instanceof UserError) throw new UserError(`${kind}: ${error.message}`, error.exitCode);
+    if (error instanceof UserError) throw error.at(kind);
     throw error;
   }
 };

@@ -191,8 +191,10 @@ export const broadcast: Knowledge = {
     const x = only(inputs);
     const shape = expect.dims(attrs, "shape");
     const lead = shape.length - x.shape.length;
-    if (lead < 0 || x.shape.some((d, i) => d !== 1 && d !== shape[lead + i]))
-      expect.fail(`${typeText(x)} does not broadcast to [${shape.map(dimText).join(",")}]`);
+    const why = `${typeText(x)} does not broadcast to [${shape.map(dimText).join(",")}]`;
+    if (lead < 0) expect.fail(why);
+    const other = x.shape.findIndex((d, i) => d !== 1 && d !== shape[lead + i]);
+    if (other >= 0) expect.unequal(why, x.shape[other] as Dim, shape[lead + other] as Dim);
     return [tensor(x.dtype, shape)];
   }),
   evaluate([input], _, [out]) {
@@ -223,8 +225,10 @@ export const concat: Knowledge = {
     let size = first.shape[axis] as Dim;
     for (const t of rest) {
       expect.dtype(t, [first.dtype], "every input");
-      if (t.shape.length !== first.shape.length || t.shape.some((d, i) => i !== axis && d !== first.shape[i]))
-        expect.fail(`${typeText(t)} does not go on ${typeText(first)} along axis ${axis}`);
+      const why = `${typeText(t)} does not go on ${typeText(first)} along axis ${axis}`;
+      if (t.shape.length !== first.shape.length) expect.fail(why);
+      const other = t.shape.findIndex((d, i) => i !== axis && d !== first.shape[i]);
+      if (other >= 0) expect.unequal(why, first.shape[other] as Dim, t.shape[other] as Dim);
       size = addDim(size, t.shape[axis] as Dim);
     }
     return [tensor(first.dtype, first.shape.with(axis, size))];

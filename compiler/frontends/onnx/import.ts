@@ -1,6 +1,6 @@
 /** From an ONNX model to a Graph: values and scopes, functions put in place, branches and loops that are known unrolled. */
 import { Builder, identifier } from "../../../ir/build.ts";
-import { type Dim, type DimSymbol, dimSymbols, parseDim } from "../../../ir/dim.ts";
+import { type Dim, type DimSymbol, dimSymbols, parseDim, substituteDim } from "../../../ir/dim.ts";
 import { UserError } from "../../../ir/error.ts";
 import { literalWeight } from "../../../ir/evaluate.ts";
 import type { Graph, Weight } from "../../../ir/graph.ts";
@@ -42,6 +42,8 @@ export interface ImportedGraph {
   readonly names: ReadonlyMap<string, string>;
 }
 
+/** of a size that has no limit yet */
+const mostSize = 2 ** 20;
 const deepestCalls = 64;
 const mostNodes = 200_000;
 
@@ -78,8 +80,20 @@ interface Scope {
  * Makes the graph of a model. Throws a UserError that names file, node and what is wrong; SizesDepend when sizes depend on values of inputs
  * that `options.values` does not have.
  */
-export const importOnnx = (model: OnnxModel, file: string, options: ImportOptions = {}): ImportedGraph =>
-  new Importer(model, file, options).import();
+export const importOnnx = (model: OnnxModel, file: string, options: ImportOptions = {}): ImportedGraph => {
+  // sizes that exporters named apart and that have to be one: `total_sequence_length` is `past + sequence`, and is checked when it is known
+  const equal = new Map<string, Dim>();
+  for (;;)
+    try {
+      return new Importer(model, file, options, equal).import();
+    } catch (error) {
+      const [a, b] = (error instanceof UserError && error.unequal) || [];
+      const named = [b, a].find((d) => typeof d === "string" && identifier.test(d) && !equal.has(d)) as string | undefined;
+      const other = named === b ? a : b;
+      if (named === undefined || typeof other !== "string" || dimSymbols(other).includes(named)) throw error;
+      equal.set(named, other);
+    }
+};
 
 /**
  * Makes the graph of a model for these inputs: sizes are those that the inputs have, and of inputs that decide sizes the values are read.
@@ -106,10 +120,16 @@ class Importer {
   private readonly builder: Builder;
   private lowered = 0;
 
-  constructor(model: OnnxModel, file: string, options: ImportOptions) {
+  /** symbols that nobody gave limits, and where they stand: an error, unless they turn out to stand for others */
+  private readonly unlimited: Map<string, string> = new Map();
+  /** symbols that stand for others */
+  private readonly equal: ReadonlyMap<string, Dim>;
+
+  constructor(model: OnnxModel, file: string, options: ImportOptions, equal: ReadonlyMap<string, Dim>) {
     this.model = model;
     this.file = file;
     this.options = options;
+    this.equal = equal;
     this.builder = new Builder(identifier.test(cleaned(model.graph.name)) ? cleaned(model.graph.name) : "model");
     this.emitter = new Emitter(this.builder, this.symbols);
   }
@@ -128,7 +148,7 @@ class Importer {
         const given = this.options.shapes?.get(name);
         const shape =
           given ??
-          type.shape?.map((d, axis) => this.dim(d, `${name}_${axis}`)) ??
+          type.shape?.map((d, axis) => this.dim(d, `${name}_${axis}`, place)) ??
           this.fail("its shape is not known, not even how many axes it has; export the model with shapes of inputs");
         if (given && type.shape) this.fits(given, type.shape);
         const own = this.builder.unused(cleaned(name));
@@ -150,6 +170,8 @@ class Importer {
         names.set(own, name);
         this.builder.output(item.value(), own);
       });
+    for (const [name, place] of this.unlimited)
+      this.blamed(place, () => this.fail(`size '${name}' has no limit; add --dim ${name}=MAX`));
     const { tensors } = this.emitter;
     const weight = (w: Weight): Tensor =>
       w.source.kind === "tensor" ? (tensors.get(w.source.tensor) as Stored).read() : literalWeight(w);
@@ -167,7 +189,9 @@ class Importer {
     } catch (error) {
       if (!(error instanceof UserError) || error.message.startsWith(this.file)) throw error;
       const message = `${this.file}: ${printable(place, 600)}: ${printable(error.message, 600)}`;
-      throw error instanceof SizesDepend ? new SizesDepend(error.inputs, message) : new UserError(message);
+      throw error instanceof SizesDepend
+        ? new SizesDepend(error.inputs, message)
+        : new UserError(message, error.exitCode, error.unequal);
     }
   }
 
@@ -177,7 +201,7 @@ class Importer {
   }
 
   /** A declared size: a number, a symbol, or an expression over symbols where the name reads as one. */
-  private dim(d: OnnxDim, otherwise: string): Dim {
+  private dim(d: OnnxDim, otherwise: string, place: string): Dim {
     if (typeof d === "number") return d;
     const text = d === undefined ? otherwise : d;
     let dim: Dim;
@@ -186,9 +210,13 @@ class Importer {
     } catch {
       dim = cleaned(text);
     }
+    // those that stand for a symbol may stand for one that stands for another
+    for (const _ of this.equal) dim = substituteDim(dim, this.equal);
     for (const name of dimSymbols(dim)) {
       if (this.symbols.has(name)) continue;
-      const [min, max] = this.options.limits?.get(name) ?? this.fail(`size '${name}' has no limit; add --dim ${name}=MAX`);
+      const limits = this.options.limits?.get(name);
+      if (limits === undefined) this.unlimited.set(name, place);
+      const [min, max] = limits ?? [0, mostSize];
       this.symbols.set(name, { name, min, max, multiple: 1, source: "host" });
     }
     return dim;

@@ -1,4 +1,5 @@
 /** The other operators of com.microsoft, ONNX Runtime's own: normalisations, functions of elements and products. */
+import type { Dim } from "../../../../ir/dim.ts";
 import { isFloat } from "../../../../ir/type.ts";
 import type { Call, Lowering } from "../call.ts";
 import type { Item } from "../emitter.ts";
@@ -40,6 +41,24 @@ const skipLayerNorm = skipped((c, sum) => {
   return [e.cast(moved, sum.type.dtype), mean, inverse];
 });
 
+/** Rows of the tables for words, places and segments, added and normalised; how many tokens a mask leaves; the sum. */
+const embedLayerNorm: Lowering = (c) => {
+  const { e } = c;
+  const [batch, rows] = c.shape(0) as [Dim, Dim];
+  const taken = (table: number, ids: Item): Item => wide(e, e.op("take", [c.x(table), ids], { axis: 0 }));
+  const places = c.optional(8) ?? e.iota([1, rows], 1);
+  const parts = [taken(2, c.x(0)), taken(3, places), ...(c.has(1) && c.has(4) ? [taken(4, c.x(1))] : [])];
+  const sum = parts.reduce((a, b) => binary(e, "add", a, b));
+  const { y } = normalised(c, sum, 2, c.float("epsilon", 1e-12), true);
+  const scaled = binary(e, "add", binary(e, "mul", y, wide(e, c.x(5))), wide(e, c.x(6)));
+  const { dtype } = c.x(2).type;
+  const seen = (): Item =>
+    c.has(7)
+      ? e.reshape(e.op("reduce", [e.cast(c.x(7), "i32")], { fn: "sum" }), [batch])
+      : e.broadcast(e.number(0, "i32"), [batch]);
+  return [e.cast(scaled, dtype), c.wants(1) ? seen() : undefined, c.wants(2) ? e.cast(sum, dtype) : undefined];
+};
+
 const gelu =
   (approximate: "none" | "tanh"): Lowering =>
   (c) =>
@@ -74,6 +93,7 @@ export const contrib: Readonly<Record<string, Lowering>> = {
   SimplifiedLayerNormalization: simplified,
   SkipSimplifiedLayerNormalization: skipSimplified,
   SkipLayerNormalization: skipLayerNorm,
+  EmbedLayerNormalization: embedLayerNorm,
   Gelu: gelu("none"),
   BiasGelu: gelu("none"),
   FastGelu: gelu("tanh"),

@@ -20,6 +20,7 @@ import {
   written,
 } from "./attention.ts";
 import { binary, wide } from "./elementwise.ts";
+import { matmul } from "./products.ts";
 
 const plus = (e: Emitter, x: Item, d: Dim): Item => (d === 0 ? x : binary(e, "add", x, e.dims([d], "i64", [])));
 const scaleOf = (c: Call, width: Dim): number => c.float("scale", 0) || 1 / Math.sqrt(width as number);
@@ -189,8 +190,47 @@ const multiHead: Lowering = (c) => {
   return [e.cast(y, c.dtype(0)), keys, values, e.cast(p, c.dtype(0))];
 };
 
+/** One projection for q, k and v; the past and the present hold keys and values together: [2, B, heads, T, D]. */
+const packedAttention: Lowering = (c) => {
+  const { e } = c;
+  if (c.flag("do_rotary", false) || c.has(6)) c.fail("do_rotary and past_sequence_length are not supported");
+  const heads = c.int("num_heads");
+  const { dtype } = c.x0.type;
+  const columns = dimAt(c.x(1), 1) as number;
+  const sizes = c.ints("qkv_hidden_sizes") ?? [columns / 3, columns / 3, columns / 3];
+  if (sizes.length !== 3 || sizes.reduce((a, b) => a + b, 0) !== columns || sizes.some((n) => n % heads !== 0))
+    c.fail(`weights of ${columns} columns are not q, k and v of ${heads} heads`);
+  const product = matmul(c, wide(e, c.x0), wide(e, c.x(1)));
+  const projected = c.has(2) ? binary(e, "add", product, wide(e, c.x(2))) : product;
+  let start = 0;
+  const [q, k, v] = sizes.map((size) => {
+    const part = e.cast(e.slice(projected, 2, start, size), dtype);
+    start += size;
+    return headsFirst(e, part, heads);
+  }) as [Item, Item, Item];
+  const grown = (i: number, x: Item): Item => {
+    if (!c.has(4)) return x;
+    const past = e.slice(c.x(4), 0, i, 1);
+    return e.concat([e.reshape(past, past.type.shape.slice(1)), x], 2);
+  };
+  const [keys, values] = [grown(0, k), grown(1, v)];
+  const raw = scoresOf(e, wide(e, q), wide(e, keys));
+  const scaled = binary(e, "mul", raw, e.number(scaleOf(c, dimAt(q, 3)), raw.type.dtype));
+  const count = dimAt(keys, 2);
+  const offset = c.has(4) ? e.dims([dimAt(c.x(4), 3)], "i64", []) : undefined;
+  const allowed = c.flag("unidirectional", false) ? band(e, dimAt(q, 2), count, offset, undefined, 0) : undefined;
+  const own = c.optional(5) && fitted(e, wide(e, c.x(5)), raw.type.shape);
+  const biases = [c.optional(3) && paddingBias(c, c.x(3), count), own].filter((b) => b !== undefined);
+  const bias = biases.length === 0 ? undefined : biases.reduce((a, b) => binary(e, "add", a, b));
+  const p = softmax(c, masked(e, scaled, { allowed, bias }));
+  const apart = (x: Item): Item => e.reshape(x, [1, ...x.type.shape]);
+  const present = c.wants(1) ? e.concat([apart(keys), apart(values)], 0) : undefined;
+  return [e.cast(headsLast(e, mixed(e, p, wide(e, values))), dtype), present];
+};
+
 export const contribAttention: Readonly<Record<string, Lowering>> = {
   RotaryEmbedding: rotary,
   GroupQueryAttention: groupQuery,
   MultiHeadAttention: multiHead,
+  Attention: packedAttention,
 };

@@ -1,5 +1,6 @@
 /** Operators that make and move elements without computing on them: shapes, slices, patterns of indices. */
 import { addDim, type Dim, dimText, mulDim, product, subDim } from "../../../../ir/dim.ts";
+import { unequal } from "../../../../ir/expect.ts";
 import { type DType, isFloat } from "../../../../ir/type.ts";
 import type { Call, Lowering } from "../call.ts";
 import type { Emitter, Item } from "../emitter.ts";
@@ -169,11 +170,11 @@ const slice: Lowering = (c) => {
 };
 
 /** The shape that two shapes broadcast to. */
-export const broadcastShapes = (c: Call, a: readonly Dim[], b: readonly Dim[]): readonly Dim[] => {
+export const broadcastShapes = (a: readonly Dim[], b: readonly Dim[]): readonly Dim[] => {
   const rank = Math.max(a.length, b.length);
   return Array.from({ length: rank }, (_, i) => {
     const [x, y] = [a[i - (rank - a.length)] ?? 1, b[i - (rank - b.length)] ?? 1];
-    return x === 1 || x === y ? y : y === 1 ? x : c.fail(`sizes ${dimText(x)} and ${dimText(y)} do not broadcast`);
+    return x === 1 || x === y ? y : y === 1 ? x : unequal(`sizes ${dimText(x)} and ${dimText(y)} do not broadcast`, x, y);
   });
 };
 
@@ -357,7 +358,7 @@ export const shape: Readonly<Record<string, Lowering>> = {
   Concat: concat,
   Split: split,
   Slice: slice,
-  Expand: (c) => c.e.broadcast(c.x0, broadcastShapes(c, c.shape(0), c.sizes(1))),
+  Expand: (c) => c.e.broadcast(c.x0, broadcastShapes(c.shape(0), c.sizes(1))),
   Tile: tile,
   Pad: pad,
   Range: range,
