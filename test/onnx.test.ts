@@ -9,7 +9,7 @@ import { importOnnx } from "../compiler/frontends/onnx/import.ts";
 import { type OnnxModel, type OnnxTensor, readOnnx, readOnnxBytes, readOnnxTensor } from "../compiler/frontends/onnx.ts";
 import { inspect } from "../compiler/inspect.ts";
 import { UserError } from "../ir/error.ts";
-import { randomNumbers, typeText } from "../ir/index.ts";
+import { evaluate, randomNumbers, type Tensor, typeText } from "../ir/index.ts";
 
 const folder = mkdtempSync(join(tmpdir(), "step3c-onnx-"));
 afterAll(() => rmSync(folder, { recursive: true }));
@@ -227,6 +227,33 @@ test("sizes that are named apart and have to be one are one", () => {
   const wrong = [{ name: "z", type: type([3, 1]) }];
   const unfit = read(modelOf({ name: "apart", input: [...input.slice(0, 2), ...wrong], node, output }));
   expect(() => importOnnx(unfit, "m.onnx", { limits })).toThrow("do not broadcast: now+past against 3");
+});
+
+test("before opset 7 an operand's axes stand beside those that its attribute names, and slopes are of channels", () => {
+  const tensor = (shape: readonly number[]): Tensor => ({
+    kind: "tensor",
+    dtype: "f32",
+    shape,
+    data: Float64Array.from({ length: shape.reduce((a, b) => a * b, 1) }, (_, i) => (i % 2 === 0 ? i : -i)),
+  });
+  const inputs = new Map([
+    ["x", tensor([2, 3, 4])],
+    ["y", tensor([3])],
+  ]);
+  const results = (node: onnx.INodeProto): number[] => {
+    const input = [...inputs].map(([name, t]) => ({ name, type: type(t.shape) }));
+    const graph = { name: "old", input, node: [node], output: [{ name: "z", type: type([2, 3, 4]) }] };
+    const model = read(modelOf(graph, { opsetImport: [{ domain: "", version: 6 }] }));
+    const imported = importOnnx(model, "m.onnx");
+    return [...(evaluate(imported.graph, inputs, imported.weight).get("z") as Tensor).data];
+  };
+  const [x, y] = [...inputs.values()].map((t) => t.data) as [Float64Array, Float64Array];
+  const channel = (i: number): number => y[Math.floor(i / 4) % 3] as number;
+  const attribute = ["axis", "broadcast"].map((name) => ({ name, type: 2, i: 1 }));
+  expect(results({ opType: "Sub", input: ["x", "y"], output: ["z"], attribute })).toEqual([...x].map((v, i) => v - channel(i)));
+  expect(results({ opType: "PRelu", input: ["x", "y"], output: ["z"] })).toEqual(
+    [...x].map((v, i) => (v < 0 ? v * channel(i) : v)),
+  );
 });
 
 test("whatever is wrong gets a line that names node and field", () => {

@@ -21,11 +21,21 @@ const scalars = (e: Emitter, xs: readonly Item[]): readonly Item[] => {
 
 export const binary = (e: Emitter, kind: string, x: Item, y: Item): Item => e.op(kind, scalars(e, [x, y]));
 
+/** x, and y with x's axes: before opset 7, `broadcast` puts y's axes beside those of x from `axis` on, the last ones unless given. */
+const operands = (c: Call): readonly [Item, Item] => {
+  const [x, y] = [c.x(0), c.x(1)];
+  if (c.opset >= 7 || !c.flag("broadcast", false) || !c.hasAttribute("axis")) return [x, y];
+  const rank = x.type.shape.length;
+  const after = rank - c.axis(c.int("axis"), rank) - y.type.shape.length;
+  if (after < 0) c.fail(`axis ${c.int("axis")} leaves no room for ${y.type.shape.length} axes`);
+  return [x, c.e.reshape(y, [...y.type.shape, ...Array.from({ length: after }, () => 1)])];
+};
+
 /** Integers are computed in i64 and put back modulo 2^bits. */
 const arithmetic =
   (kind: "add" | "sub" | "mul"): Lowering =>
   (c) => {
-    const [x, y] = [c.x(0), c.x(1)];
+    const [x, y] = operands(c);
     const { dtype } = x.type;
     if (isFloat(dtype)) return inWide(c.e, [x, y], (a, b) => binary(c.e, kind, a, b));
     if (dtype === "i64") return binary(c.e, kind, x, y);
@@ -37,7 +47,7 @@ export const wrap = (e: Emitter, x: Item, to: DType): Item =>
   x.type.dtype === to ? x : e.op("cast", [x], { to, overflow: "wrap" });
 
 const divide: Lowering = (c) => {
-  const [x, y] = [c.x(0), c.x(1)];
+  const [x, y] = operands(c);
   const { dtype } = x.type;
   if (isFloat(dtype)) return inWide(c.e, [x, y], (a, b) => binary(c.e, "div", a, b));
   if (x.known()?.kind === "dims") {
@@ -64,7 +74,7 @@ const modulo: Lowering = (c) => {
 };
 
 const power: Lowering = (c) => {
-  const [x, y] = [c.x(0), c.x(1)];
+  const [x, y] = operands(c);
   const { dtype } = x.type;
   const exponent = c.e.tensorOf(y);
   const base = isFloat(dtype) ? wide(c.e, x) : c.e.cast(x, "f64");
@@ -98,13 +108,13 @@ const signless =
 const compare =
   (kind: string, swapped: boolean = false): Lowering =>
   (c) => {
-    const [x, y] = [c.x(0), c.x(1)];
+    const [x, y] = operands(c);
     return swapped ? binary(c.e, kind, y, x) : binary(c.e, kind, x, y);
   };
 const logic =
   (kind: string): Lowering =>
   (c) =>
-    binary(c.e, kind, c.x(0), c.x(1));
+    binary(c.e, kind, ...operands(c));
 
 /** Operands, of which there is at least one. */
 const terms = (c: Call): readonly Item[] => [c.x0, ...c.inputs.slice(1).map((_, i) => c.x(i + 1))];
@@ -187,6 +197,19 @@ const bitNot: Lowering = (c) => {
   return binary(c.e, "sub", c.e.number(dtype.startsWith("u") ? 2 ** (8 * dtypeBytes(dtype)) - 1 : -1, dtype), c.x0);
 };
 
+/** Slopes of channels, before opset 7 a vector whatever axes follow them. */
+const slopeOf = (c: Call): Item => {
+  const slope = c.x(1);
+  if (c.opset >= 7 || slope.type.shape.length !== 1 || c.rank(0) < 2) return slope;
+  return c.e.reshape(slope, [
+    ...slope.type.shape,
+    ...c
+      .shape(0)
+      .slice(2)
+      .map(() => 1),
+  ]);
+};
+
 const softplus = (e: Emitter, x: Item, n: (v: number) => Item): Item => {
   // max(x, 0) + log(1 + e^-|x|)
   const rest = e.op("log", [e.op("add", [n(1), e.op("exp", [e.op("neg", [e.op("abs", [x])])])])]);
@@ -261,7 +284,7 @@ export const elementwise: Readonly<Record<string, Lowering>> = {
     return e.op("where", [e.op("less", [x, n(-lambd)]), e.op("add", [x, n(bias)]), above]);
   }),
   PRelu: (c) =>
-    inWide(c.e, [c.x(0), c.x(1)], (x, slope) =>
+    inWide(c.e, [c.x(0), slopeOf(c)], (x, slope) =>
       c.e.op("where", [binary(c.e, "less", x, c.e.number(0, x.type.dtype)), binary(c.e, "mul", slope, x), x]),
     ),
   Equal: compare("equal"),
