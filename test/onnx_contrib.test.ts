@@ -2,10 +2,10 @@
 import { beforeAll, expect, test } from "vitest";
 import { importFor } from "../compiler/frontends/onnx/import.ts";
 import { readOnnxBytes } from "../compiler/frontends/onnx.ts";
-import { packageRoot } from "../compiler/package_root.ts";
 import { evaluate } from "../ir/evaluate.ts";
 import { type DType, drawTensor, randomNumbers, type Tensor, tensor, verify } from "../ir/index.ts";
-import { type Attribute, inputsOf, modelOf, type NodeCase, type Operand, runOnnxRuntime } from "./onnx_runtime.ts";
+import { type Attribute, inputsOf, modelOf, type NodeCase, type Operand } from "./onnx_nodes.ts";
+import { Ort, type OrtResult } from "./ort.ts";
 
 const random = randomNumbers(20261126);
 const drawn = (dtype: DType, shape: readonly number[], draw: Parameters<typeof drawTensor>[1] = "normal"): Tensor =>
@@ -376,9 +376,11 @@ const evaluated = (c: NodeCase): ReadonlyMap<string, Tensor> => {
   return new Map(imported.graph.outputs.map((v) => [imported.names.get(v.name) ?? "", results.get(v.name) as Tensor]));
 };
 
-let expected: ReturnType<typeof runOnnxRuntime>;
-beforeAll(() => {
-  expected = runOnnxRuntime(cases, packageRoot());
+let expected: readonly OrtResult[];
+beforeAll(async () => {
+  const ort = new Ort();
+  expected = await Promise.all(cases.map((c) => ort.runBytes(modelOf(c), inputsOf(c))));
+  ort.close();
 });
 
 /** With 0 in the rows that nobody reads. */
@@ -390,10 +392,10 @@ const read = (t: Tensor, name: string): Tensor => {
 
 test.each(cases.map((c, i) => [c.name, i] as const))("%s", (_, i) => {
   const c = cases[i] as NodeCase;
-  const want = expected[i];
-  if (typeof want === "string" || want === undefined) throw new Error(`ONNX Runtime: ${want}`);
+  const result = expected[i] as OrtResult;
+  if (!("outputs" in result)) throw new Error(`ONNX Runtime: ${JSON.stringify(result)}`);
   for (const [name, got] of evaluated(c)) {
-    const right = want.get(name) as Tensor;
+    const right = result.outputs.get(name) as Tensor;
     expect([name, got.dtype, got.shape]).toEqual([name, right.dtype, right.shape]);
     const [x, y] = name === "y" ? [read(got, c.name), read(right, c.name)] : [got, right];
     expect(distance(x, y), name).toBeLessThan(right.dtype === "f16" ? 2e-3 : 2e-6);

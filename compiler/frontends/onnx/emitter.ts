@@ -157,7 +157,7 @@ export class Emitter {
     return item;
   }
 
-  /** Sizes as a vector, or, with `scalar`, one size. */
+  /** Sizes as a vector, or in another shape: [] for one size. */
   dims(dims: readonly Dim[], dtype: "i64" | "i32" = "i64", shape: readonly number[] = [dims.length]): Item {
     if (dims.every((d) => typeof d === "number"))
       return this.constant({ kind: "tensor", dtype, shape, data: Float64Array.from(dims as readonly number[]) });
@@ -248,6 +248,7 @@ export class Emitter {
     if (!types.every(concrete)) return undefined;
     const largest = Math.max(0, ...inputs.map((i) => (concrete(i.type) ? count(i.type.shape) : 0)));
     if (types.some((t) => count(t.shape as number[]) > Math.max(mostFolded, largest))) return undefined;
+    // targets make long ones faster than they read them
     if (kind === "iota" && count(types[0]?.shape as number[]) > 256) return undefined;
     const known: Known[] = [];
     for (const i of inputs) {
