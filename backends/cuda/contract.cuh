@@ -72,6 +72,18 @@ __device__ __forceinline__ auto divided(A x, B y) {
   }
 }
 
+/// e^x, of floats within 2^-17 of it.
+template <class A>
+__device__ __forceinline__ auto exponential_near(A x) {
+  if constexpr (std::is_same_v<A, float>) {
+    float power;
+    asm("ex2.approx.f32 %0, %1;" : "=f"(power) : "f"(x * 1.44269504f));
+    return power;
+  } else {
+    return exponential_of(x);
+  }
+}
+
 /// Four neighbouring elements, moved as one where they lie at a multiple of four.
 template <class T>
 struct alignas(4 * sizeof(T)) Four {
@@ -124,28 +136,52 @@ struct ChosenPairs {
     }
   }
 };
-/// Four columns of the rows of those pairs, to be added up.
-template <int Choices>
-struct PairColumns {
-  Four<float> fours[Choices];
+/// Fours of columns that are dealt with together are so many columns from each other. `count`: columns that are left from the first one on.
+constexpr int apart_of_fours = 16;
+__device__ __forceinline__ int count_of_four(int count, int four) { return count - apart_of_fours * four; }
 
-  template <bool Whole>
-  __device__ __forceinline__ void read(const ChosenPairs<Choices> &chosen, const float *y, int64_t column, int64_t columns, int count) {
+/// Adds up what the pairs of rows have in y, of row i in fours of columns from from[i] on, where there are count[i]. `chosen(i)` are its pairs,
+/// `sum(u, i)` is the sum of four u, in the order of pairs. Most rows have few or none.
+template <bool Whole, int Fours, int Choices, int Rows, class Chosen, class Sum>
+__device__ __forceinline__ void add_pairs(const float *y, int64_t columns, const int64_t (&from)[Rows], const int (&count)[Rows], const Chosen &chosen, const Sum &sum) {
 #pragma unroll
-    for (int j = 0; j < Choices; ++j) {
-      fours[j] = {};
-      if (chosen.owned >> j & 1) fours[j] = read_four<Whole>(y + (int64_t{chosen.row} * Choices + j) * columns + column, count);
+  for (int u = 0; u < Fours; ++u)
+#pragma unroll
+    for (int i = 0; i < Rows; ++i) sum(u, i) = {};
+  uint32_t left[Rows];
+#pragma unroll
+  for (int i = 0; i < Rows; ++i) left[i] = count[i] > 0 ? chosen(i).owned : 0;
+#pragma unroll 1
+  for (;;) {
+    uint32_t any = 0;
+#pragma unroll
+    for (int i = 0; i < Rows; ++i) any |= left[i];
+    if (any == 0) break;
+    Four<float> got[Fours][Rows];
+    float weight[Rows];
+#pragma unroll
+    for (int i = 0; i < Rows; ++i) {
+      const int j = __ffs(left[i]) - 1; // the next one; -1 of none
+      const float *const pair = y + (int64_t{chosen(i).row} * Choices + j) * columns + from[i];
+      weight[i] = 0;
+#pragma unroll
+      for (int c = 0; c < Choices; ++c)
+        if (c == j) weight[i] = chosen(i).weights[c];
+#pragma unroll
+      for (int u = 0; u < Fours; ++u) {
+        got[u][i] = {};
+        if (j >= 0 && count_of_four(count[i], u) > 0) got[u][i] = read_four<Whole>(pair + apart_of_fours * u, count_of_four(count[i], u));
+      }
+      left[i] &= left[i] - 1;
     }
-  }
-  __device__ __forceinline__ Four<float> sum(const ChosenPairs<Choices> &chosen) const {
-    Four<float> all{};
 #pragma unroll
-    for (int j = 0; j < Choices; ++j)
+    for (int i = 0; i < Rows; ++i)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) all[i] += chosen.weights[j] * fours[j][i];
-    return all;
+      for (int u = 0; u < Fours; ++u)
+#pragma unroll
+        for (int n = 0; n < 4; ++n) sum(u, i)[n] += weight[i] * got[u][i][n];
   }
-};
+}
 
 // --- any processor, any shape -----------------------------------------------------------------------------------------------------------
 

@@ -117,9 +117,11 @@ __device__ __forceinline__ uint32_t block_of_cluster() {
   return rank;
 }
 /// All threads of all blocks of the cluster meet; what they wrote to each other's shared memory before is seen after.
-__device__ __forceinline__ void meet_cluster() {
-  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-}
+__device__ __forceinline__ void arrive_in_cluster() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+__device__ __forceinline__ void wait_for_cluster() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+/// Arrives without a word on what was written, but for barriers that were published.
+__device__ __forceinline__ void arrive_with_barriers() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
+__device__ __forceinline__ void meet_cluster() { arrive_in_cluster(), wait_for_cluster(); }
 /// The address in a block of the cluster of what this block has at `address`.
 __device__ __forceinline__ uint32_t address_in(uint32_t block, uint32_t address) {
   uint32_t there;
@@ -144,12 +146,19 @@ __device__ __forceinline__ void product_wait() {
 /// Keeps the compiler from moving uses of an accumulator across a wait.
 __device__ __forceinline__ void pin(float &x) { asm volatile("" : "+f"(x)::"memory"); }
 
+/// A value that all lanes of the warp have, which the compiler then knows.
+__device__ __forceinline__ uint32_t uniform(uint32_t value) { return __shfl_sync(0xFFFFFFFFu, value, 0); }
+
 enum class Swizzle : uint32_t { none = 0, b128 = 1, b64 = 2, b32 = 3 };
 /// Matrix descriptor of shared memory at an address; offsets in bytes (leading: between columns of core matrices, stride: between groups of 8 rows).
 __device__ __forceinline__ uint64_t matrix(uint32_t address, uint32_t leading, uint32_t stride, Swizzle swizzle) {
   return static_cast<uint64_t>((address & 0x3FFFF) >> 4) | static_cast<uint64_t>((leading & 0x3FFFF) >> 4) << 16 |
          static_cast<uint64_t>((stride & 0x3FFFF) >> 4) << 32 | static_cast<uint64_t>(swizzle) << 62;
 }
+
+/// That of lines of 128 bytes, with pieces exchanged, in two words: the lower one counts sixteens of bytes from lines_word on, which is address 0.
+constexpr uint32_t lines_word = 1 << 16;
+__device__ __forceinline__ uint64_t of_lines(uint32_t lower) { return uint64_t{1024 >> 4 | static_cast<uint32_t>(Swizzle::b128) << 30} << 32 | lower; }
 
 template <int Registers>
 __device__ __forceinline__ void take_registers() {

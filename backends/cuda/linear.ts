@@ -39,8 +39,12 @@ interface Epilogue {
   readonly scales: number;
 }
 
-/** Divisions do not wait for the few whose divisors are very large or small. */
-const epilogueDialect: Dialect = { ...dialect, binary: { ...dialect.binary, div: "divided($0, $1)" } };
+/** Divisions do not wait for the few whose divisors are very large or small, and powers are by the instruction for them. */
+const epilogueDialect: Dialect = {
+  ...dialect,
+  unary: { ...dialect.unary, exp: "exponential_near($0)" },
+  binary: { ...dialect.binary, div: "divided($0, $1)" },
+};
 
 /** `number`: of the contraction in the op; `results`: of the whole op. */
 const epilogueOf = (
@@ -290,7 +294,6 @@ const match =
         })),
         combines: epilogues.flatMap((e) => (e as Epilogue).combines),
         pairs,
-        gathers: parts.some((part) => part.combines.length > 0),
         quantises,
         scaled,
         xs: scaled ? "xs" : "nullptr",

@@ -1,0 +1,349 @@
+// Which blocks of a contraction on Hopper do what: its tiles of rows and columns, cut and dealt out on the device, where it is known how many rows
+// there are.
+//
+// Two blocks of a cluster, a couple, take items together: either the same rows and neighbouring blocks of columns, or the same columns and neighbouring
+// tiles of rows. What both need is brought once, by one of them, to the shared memory of both: the L2 cache brings less than products would take.
+//
+// Where there are fewer tiles than processors, clusters share the sum over k of an item; how k is cut then depends on sizes and the processor, never on
+// the number of rows there are. Where there are more, tiles are dealt out: every couple gets a share of the same length, which may begin and end
+// inside of an item. Who has the first steps of an item leaves its sums, and who has the others goes on with them, so that each sum is added up in
+// the order of k wherever it is cut.
+#pragma once
+#include "hopper.cuh"
+#include "pack_rows.cuh"
+
+namespace s3::hopper {
+
+constexpr int line_bytes = 128, tile_columns = 128, tile_bytes = tile_columns * line_bytes;
+constexpr int block_rows = 64, block_bytes = block_rows * line_bytes; // of A
+constexpr uint32_t most_stages = 9;
+constexpr int32_t most_blocks = 4; // 64s of rows of a tile
+constexpr uint32_t ring_bytes = (227 << 10) - (8 << 10); // with what aligns it; barriers and the table lie beside it
+
+/// The ring for tiles of so many 64s of rows and so many weights: at least four stages, since the warps that bring scales take turns with two steps each.
+struct RingSize {
+  uint32_t stages, stage_bytes, scales; // scales of a stage and a weight
+  static __host__ __device__ constexpr RingSize of(int32_t blocks, bool step_scales, int weights) {
+    const uint32_t bytes = weights * tile_bytes + blocks * block_bytes, scales = step_scales ? blocks * block_rows : 0, fit = (ring_bytes - 1024) / (bytes + 4 * weights * scales);
+    return {fit < most_stages ? fit : most_stages, bytes, scales};
+  }
+};
+static_assert(RingSize::of(most_blocks, true, 1).stages >= 4 && RingSize::of(most_blocks / 2, true, 2).stages >= 4);
+
+/// Sizes of boxes of rows, in which they are brought.
+constexpr int row_sizes = 7;
+__host__ __device__ constexpr int32_t row_size(int index) { return index < 4 ? 8 << index : 64 * (index - 2); }
+__host__ __device__ constexpr int size_index(int32_t rows) { return rows <= 8 ? 0 : rows <= 16 ? 1 : rows <= 32 ? 2 : (rows + 63) / 64 + 2; }
+
+/// A matrix of the contraction, or several of one size that rows choose among.
+struct Weight {
+  CUtensorMap lines; // of packed tiles, in boxes of a tile: copies of plain runs of bytes are slower
+  const float *scales;
+  int32_t columns, tiles, first; // columns of the result, blocks of 128 of them, and the number of the first block among those of all weights
+};
+constexpr int most_weights = 4;
+/// Blocks that tiles are dealt out to: linear.ts has scratch for their sums.
+constexpr uint32_t most_dealt = 144;
+constexpr int64_t sums_left = 256 * 128; // by one block at most
+
+struct Problem {
+  Weight w[most_weights];
+  CUtensorMap x[row_sizes]; // rows of x as they are or as they were packed, in boxes of each size
+  bool direct;              // rows are taken as they are, with scales `xs` [row][step]
+  const s3_head *heads;     // of segments of rows; null: there are `heads_rows`, else so many for each of theirs
+  int32_t heads_rows, distance, capacity; // from the start of one segment to that of the next, and of all
+  const float *xs;
+  Packed packed;
+  int32_t weights, tiles, steps; // weights, their blocks of columns altogether, lines along k
+  int32_t groups;                // matrices of each weight, or segments
+  int32_t blocks, row_tiles;     // 64s of rows of a tile at most, tiles of a segment
+  uint32_t parts;                // blocks of a cluster that share k
+  bool zeros;                    // rows that meet no matrix get results of zeros
+  bool columns_first;            // of items that are dealt out; else those with the same weights follow each other
+  bool dealt;                    // tiles are dealt out, to couples; else a block knows its first one before it knows how many rows there are
+  float *left;                   // sums for each of the blocks to go on with
+  uint32_t *ready;               // of each of them, whether they are there
+
+  /// the weight that a block of columns is of
+  __device__ __forceinline__ int weight_of(int32_t tile) const {
+    int which = 0;
+    while (which + 1 < weights && tile >= w[which + 1].first) ++which;
+    return which;
+  }
+};
+
+/// What a couple shares of an item.
+enum class Common : int32_t { nothing, rows, weights };
+
+/// A tile of work for a block: rows of one matrix against a block of columns, or some steps of it.
+struct Item {
+  int32_t matrix, tile, row, end; // a tile past the last one, or no rows: there is nothing but to keep in step with the other of the couple
+  int32_t blocks, rows;           // 64s of rows, and rows as they are brought: at least those from `row` to `end`
+  int32_t first, last;            // steps
+  Common common;
+  bool alone;           // no other item has the same weights
+  bool resumes, leaves; // goes on with sums that the couple before has left; leaves them to the one after
+};
+
+/// A share of the items in order: from step `first_step` of item `first` to step `last_step` of item `last`.
+struct Share {
+  uint32_t first, last;
+  int32_t first_step, last_step;
+
+  __device__ __forceinline__ uint32_t count() const { return first == last ? last_step > first_step : last - first + (last_step > 0); }
+};
+
+constexpr uint32_t listed_items = 32;
+
+/// What the threads of a block look up.
+struct Table {
+  Group groups[most_matrices + 1];   // rows of each matrix, and of none, or of each segment
+  int32_t before[most_matrices + 1]; // items before those of each matrix, or rows before those of each segment, where segments take whole eights
+  int32_t rows, blocks;              // rows of segments in such eights, 64s of rows that tiles are cut to
+  Share share;
+  RingSize ring;
+  Item items[listed_items]; // some of the block's
+
+  /// The segment that has row `row` of those in eights.
+  __device__ __forceinline__ int32_t segment_of(int32_t segments, int32_t row) const { return last_until(segments, row); }
+  /// The last of so many before which there are no more than `n`.
+  __device__ __forceinline__ int32_t last_until(int32_t count, int32_t n) const {
+    int32_t low = 0, high = count;
+    while (high - low > 1) {
+      const int32_t middle = (low + high) / 2;
+      if (before[middle] <= n) low = middle;
+      else high = middle;
+    }
+    return low;
+  }
+};
+
+/// n / d for quotients below 2^21: from that of floats, which is one off at most.
+__device__ __forceinline__ uint32_t quotient_of(uint32_t n, uint32_t d) {
+  const uint32_t near = static_cast<uint32_t>(__fdividef(static_cast<float>(n), static_cast<float>(d)));
+  const int32_t left = static_cast<int32_t>(n - near * d);
+  return left < 0 ? near - 1 : left >= static_cast<int32_t>(d) ? near + 1 : near;
+}
+
+/// How rows of one matrix are cut into tiles, and what couples share of them: rows, unless sharing weights leaves fewer blocks without work, or as
+/// many where weights are the larger part.
+struct Cuts {
+  int32_t count, blocks, rest; // tiles, and 64s of rows of each but the last, which has `rest`
+  Common common;
+  int32_t row_items, columns; // items of a couple: by rows, and for each of those
+  int32_t last;               // 64s of rows of the last by rows; all others have `blocks`
+
+  __device__ __forceinline__ Cuts(int32_t rows, int32_t most, int32_t tiles, bool wide) {
+    const int32_t all = (rows + block_rows - 1) / block_rows;
+    count = quotient_of(all + most - 1, most);
+    blocks = count == 0 ? 0 : quotient_of(all + count - 1, count);
+    rest = all - (count - 1) * blocks;
+    const int32_t by_rows = count * ((tiles + 1) & ~1), by_weights = ((count + 1) & ~1) * tiles;
+    common = by_weights < by_rows || (by_weights == by_rows && wide) ? Common::weights : Common::rows;
+    row_items = common == Common::weights ? (count + 1) / 2 : count;
+    columns = common == Common::weights ? tiles : (tiles + 1) / 2;
+    last = common == Common::weights && count % 2 == 0 ? blocks : rest;
+  }
+  __device__ __forceinline__ int32_t items() const { return row_items * columns; }
+};
+
+/// Lengths of items in units of 64 cycles, as measured on an H100: steps, which take what their products do or what the L2 cache needs to bring
+/// what is not common, and what ends an item.
+template <int Weights>
+struct Lengths {
+  static constexpr int32_t least_cut = 16, least_steps = 4; // steps of items that may be cut, and of their pieces
+  static __device__ __forceinline__ uint32_t step(int32_t blocks, Common common) {
+    return max(4 * Weights * blocks + 5, common == Common::weights ? 4 * Weights + 4 * blocks + 2 : 8 * Weights + 2 * blocks + 2);
+  }
+  static __device__ __forceinline__ uint32_t of(int32_t steps, int32_t blocks, Common common) { return steps * step(blocks, common) + 24 * Weights * blocks + 48; }
+};
+
+/// A value of another lane.
+template <class T>
+__device__ __forceinline__ T from_lane(const T &own, int lane) {
+  static_assert(sizeof(T) % 4 == 0);
+  struct Words { uint32_t at[sizeof(T) / 4]; } words = reinterpret_cast<const Words &>(own);
+#pragma unroll
+  for (uint32_t &word : words.at) word = __shfl_sync(0xFFFFFFFFu, word, lane);
+  return reinterpret_cast<const T &>(words);
+}
+
+/// Sums over the lanes up to this one's.
+__device__ __forceinline__ uint32_t sum_to_lane(uint32_t own) {
+  for (int by = 1; by < 32; by *= 2) {
+    const uint32_t before = __shfl_up_sync(0xFFFFFFFFu, own, by);
+    if (threadIdx.x % 32 >= by) own += before;
+  }
+  return own;
+}
+
+/// Fills in the table of a block to which tiles are dealt, from its groups. All lanes of a warp.
+template <int Weights>
+__device__ __forceinline__ void deal(const Problem &p, bool step_scales, Table &table) {
+  using Length = Lengths<Weights>;
+  const int32_t lane = threadIdx.x % 32, most = p.blocks;
+  int32_t rows = 0;
+  if (p.direct)
+    for (int32_t first = 0; first < p.groups; first += 32) {
+      const int32_t segment = first + lane, own = segment < p.groups ? (table.groups[segment].count + 7) / 8 * 8 : 0;
+      const int32_t sum = rows + static_cast<int32_t>(sum_to_lane(own));
+      if (segment < p.groups) table.before[segment] = sum - own;
+      rows = __shfl_sync(0xFFFFFFFFu, sum, 31);
+    }
+  const int32_t matrices = p.direct ? 1 : p.groups;
+  const auto length_of = [&](const Cuts &cuts, int32_t blocks) { return Length::of(p.steps, blocks, cuts.common); };
+  const auto row_items_length = [&](const Cuts &cuts) { return cuts.count == 0 ? 0 : (cuts.row_items - 1) * length_of(cuts, cuts.blocks) + length_of(cuts, cuts.last); };
+  const auto cuts_of = [&](int32_t matrix, int32_t cut) { return Cuts(p.direct ? rows : table.groups[matrix].count, cut, p.tiles, Weights > 1); };
+  // the cut that is done first
+  const uint32_t couples = gridDim.x / 2, couple = blockIdx.x / 2;
+  struct Sums {
+    uint32_t items, length, largest, time; // `largest`: 64s of rows
+  } best{0, 0, 1, UINT32_MAX};
+  int32_t best_cut = 1;
+  const auto add = [&](Sums &to, const Cuts &cuts) { to = {to.items + cuts.items(), to.length + cuts.columns * row_items_length(cuts), max(to.largest, cuts.blocks), 0}; };
+  const auto time_of = [&](const Sums &sums) {
+    if (sums.items > couples && p.steps >= Length::least_cut) return quotient_of(sums.length, couples) + 1;
+    return quotient_of(sums.items + couples - 1, couples) * Length::of(p.steps, sums.largest, Common::rows);
+  };
+  if (matrices <= 8) { // cuts side by side
+    static_assert(most_blocks == 4);
+    Sums sums{0, 0, 1, 0};
+    if (lane % 8 < matrices) add(sums, cuts_of(lane % 8, max(most - lane / 8, 1)));
+    for (int by = 1; by < 8; by *= 2)
+      sums = {sums.items + __shfl_xor_sync(0xFFFFFFFFu, sums.items, by), sums.length + __shfl_xor_sync(0xFFFFFFFFu, sums.length, by),
+              max(sums.largest, __shfl_xor_sync(0xFFFFFFFFu, sums.largest, by)), 0};
+    sums.time = time_of(sums);
+    const uint32_t least = __reduce_min_sync(0xFFFFFFFFu, sums.time), at = __ffs(__ballot_sync(0xFFFFFFFFu, sums.time == least)) - 1;
+    best = from_lane(sums, at), best_cut = max(most - static_cast<int32_t>(at) / 8, 1);
+  } else {
+    for (int32_t cut = most; cut > 0; --cut) {
+      Sums sums{0, 0, 1, 0};
+      for (int32_t matrix = lane; matrix < matrices; matrix += 32) add(sums, cuts_of(matrix, cut));
+      sums = {__reduce_add_sync(0xFFFFFFFFu, sums.items), __reduce_add_sync(0xFFFFFFFFu, sums.length), __reduce_max_sync(0xFFFFFFFFu, sums.largest), 0};
+      sums.time = time_of(sums);
+      if (sums.time < best.time) best = sums, best_cut = cut;
+    }
+  }
+  // the share of this couple
+  const uint32_t items = best.items, each = quotient_of(best.length, couples), over = best.length - each * couples;
+  uint32_t item_before = 0, length_before = 0;
+  const uint32_t ends[2] = {each * couple + quotient_of(over * couple, couples), each * (couple + 1) + quotient_of(over * (couple + 1), couples)};
+  Share share{min(couple, items), min(couple + 1, items), 0, 0};
+  if (items > couples) share = {items, items, 0, 0};
+  for (int32_t first = 0; first < matrices; first += 32) {
+    const int32_t matrix = first + lane;
+    const Cuts cuts = matrix < matrices ? cuts_of(matrix, best_cut) : Cuts(0, best_cut, p.tiles, Weights > 1);
+    const uint32_t own_items = cuts.items(), own_length = cuts.columns * row_items_length(cuts);
+    const uint32_t item_sum = item_before + sum_to_lane(own_items), length_sum = length_before + sum_to_lane(own_length);
+    if (!p.direct && matrix < matrices) table.before[matrix] = item_sum - own_items;
+    if (items > couples)
+#pragma unroll
+      for (int end = 0; end < 2; ++end) {
+        const bool here = ends[end] >= length_sum - own_length && ends[end] < length_sum;
+        uint32_t item = 0;
+        int32_t step = 0;
+        if (here) {
+          uint32_t left = ends[end] - (length_sum - own_length);
+          const uint32_t whole = length_of(cuts, cuts.blocks), last = length_of(cuts, cuts.last);
+          uint32_t column, row_item;
+          if (p.columns_first) {
+            row_item = min(quotient_of(left, cuts.columns * whole), static_cast<uint32_t>(cuts.row_items - 1)), left -= row_item * cuts.columns * whole;
+            column = quotient_of(left, row_item + 1 == cuts.row_items ? last : whole);
+          } else {
+            column = quotient_of(left, row_items_length(cuts)), left -= column * row_items_length(cuts);
+            row_item = min(quotient_of(left, whole), static_cast<uint32_t>(cuts.row_items - 1));
+          }
+          const bool is_last = row_item + 1 == cuts.row_items;
+          const uint32_t item_length = is_last ? last : whole;
+          left -= p.columns_first ? column * item_length : row_item * whole;
+          item = item_sum - own_items + (p.columns_first ? row_item * cuts.columns + column : column * cuts.row_items + row_item);
+          step = static_cast<int32_t>(quotient_of(left, Length::step(is_last ? cuts.last : cuts.blocks, cuts.common))) / 2 * 2;
+          const bool most = p.steps < Length::least_cut ? 2 * left >= item_length : step > p.steps - Length::least_steps;
+          if (most) ++item;
+          if (most || p.steps < Length::least_cut || step < Length::least_steps) step = 0;
+        }
+        const uint32_t holders = __ballot_sync(0xFFFFFFFFu, here);
+        if (holders == 0) continue;
+        item = __shfl_sync(0xFFFFFFFFu, item, __ffs(holders) - 1), step = __shfl_sync(0xFFFFFFFFu, step, __ffs(holders) - 1);
+        if (end == 0) share.first = item, share.first_step = step;
+        else share.last = item, share.last_step = step;
+      }
+    item_before = __shfl_sync(0xFFFFFFFFu, item_sum, 31), length_before = __shfl_sync(0xFFFFFFFFu, length_sum, 31);
+  }
+  if (lane == 0) table.rows = rows, table.blocks = best_cut, table.share = share, table.ring = RingSize::of(best.largest, step_scales, Weights);
+  __syncwarp();
+}
+
+/// Items of a block, which all of its threads go through together. Those of its couple's share, where tiles are dealt: in order of matrices, and
+/// tiles of rows or blocks of columns. Else every so many, in order of blocks of columns and tiles of rows, which in segments are cut whether there are rows or not;
+/// every block of a cluster takes the same.
+class Items {
+  const Problem &p;
+  Table &table;
+  const bool wide;
+  uint32_t number = UINT32_MAX, count;
+
+  __device__ __forceinline__ Item item_of(int32_t matrix, int32_t tile, const Group &g, int32_t from, int32_t most) const {
+    const int32_t rows = max(min(most, g.count - from), 0);
+    return {matrix, tile, g.base + from, g.base + from + rows, max((rows + block_rows - 1) / block_rows, 1), row_size(size_index(rows)), 0, p.steps, Common::nothing, false, false, false};
+  }
+  __device__ __forceinline__ Item known(uint32_t n) const {
+    const int32_t index = blockIdx.x / p.parts + n * (gridDim.x / p.parts);
+    const int32_t row_tiles = p.groups * p.row_tiles, tile = index / row_tiles, r = index % row_tiles, from = r % p.row_tiles * p.blocks * block_rows;
+    Item own = item_of(0, tile, table.groups[r / p.row_tiles], from, p.blocks * block_rows);
+    const uint32_t part = p.parts == 1 ? 0 : block_of_cluster();
+    own.first = p.steps * part / p.parts, own.last = p.steps * (part + 1) / p.parts;
+    own.alone = row_tiles == 1;
+    return own;
+  }
+  __device__ __forceinline__ Item dealt(uint32_t n) const {
+    const Share share = table.share;
+    const bool begins = share.first_step > 0, ends = share.last_step > 0;
+    uint32_t index = share.first + n + begins - ends;
+    int32_t from = 0, to = p.steps;
+    // the first steps of the last one come first, since the next couple needs them at its end
+    if (share.first == share.last) index = share.first, from = share.first_step, to = share.last_step;
+    else if (ends && n == 0) index = share.last, to = share.last_step;
+    else if (index == share.last) index = share.first, from = share.first_step;
+    const int32_t matrix = p.direct ? 0 : table.last_until(p.groups, index);
+    const Group g = p.direct ? Group{0, table.rows} : table.groups[matrix];
+    const Cuts cuts(g.count, table.blocks, p.tiles, wide);
+    const int32_t local = static_cast<int32_t>(index) - (p.direct ? 0 : table.before[matrix]), most = cuts.blocks * block_rows;
+    const int32_t inner = p.columns_first ? cuts.columns : cuts.row_items, outer = quotient_of(local, inner), of_couple = blockIdx.x % 2;
+    const int32_t column = p.columns_first ? local - outer * inner : outer, row_item = p.columns_first ? outer : local - outer * inner;
+    const bool by_rows = cuts.common == Common::rows;
+    Item own = item_of(matrix, by_rows ? 2 * column + of_couple : column, g, (by_rows ? row_item : 2 * row_item + of_couple) * most, most);
+    own.first = from, own.last = to, own.resumes = from > 0, own.leaves = to < p.steps;
+    own.common = cuts.common, own.alone = cuts.row_items == 1;
+    return own;
+  }
+
+ public:
+  __device__ __forceinline__ Items(const Problem &of, Table &in, bool wide_) : p(of), table(in), wide(wide_) {
+    const uint32_t all = static_cast<uint32_t>(p.tiles * p.groups * p.row_tiles), every = gridDim.x / p.parts, own = blockIdx.x / p.parts;
+    count = p.dealt ? table.share.count() : all > own ? (all - own + every - 1) / every : 0;
+  }
+  /// Puts the next items of the block into the table. All lanes of a warp.
+  static __device__ __forceinline__ void list(const Problem &p, Table &table, bool wide, uint32_t from) {
+    const Items items(p, table, wide);
+    const uint32_t own = from + threadIdx.x % 32;
+    if (own < items.count) table.items[threadIdx.x % 32] = p.dealt ? items.dealt(own) : items.known(own);
+  }
+  /// Goes on to the next one, or says that there is none.
+  __device__ __forceinline__ bool next() {
+    __syncwarp();
+    for (;;) {
+      if (++number >= count) return false;
+      if (number > 0 && number % listed_items == 0) {
+        __syncthreads();
+        if (threadIdx.x < 32) list(p, table, wide, number);
+        __syncthreads();
+      }
+      const Item &own = item();
+      if (p.dealt || number == 0 || own.row < own.end) return true; // what is brought for the first one is on its way already
+    }
+  }
+  __device__ __forceinline__ const Item &item() const { return table.items[number % listed_items]; }
+};
+
+}  // namespace s3::hopper
