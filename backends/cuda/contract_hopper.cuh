@@ -14,6 +14,8 @@
 
 namespace s3::hopper {
 
+constexpr uint32_t most_cluster = 8;
+
 /// 64s of rows of a tile: sums by two weights leave registers for half as many.
 template <class Finish>
 constexpr int32_t most_of = Finish::pairs ? most_blocks / 2 : most_blocks;
@@ -127,31 +129,31 @@ __global__ void __launch_bounds__(contract_threads, 1) contract_kernel(const __g
   __shared__ uint32_t maxima[4 * 2 * 16];
   uint8_t *const ring = shared_memory + (1024 - shared_address(shared_memory) % 1024) % 1024;
 
-  const uint32_t part = p.parts == 1 ? 0 : block_of_cluster(), of_couple = p.dealt ? block_of_cluster() : 0;
-  const bool clustered = p.parts > 1 || p.dealt;
+  const bool clustered = p.together * p.parts > 1;
+  const uint32_t rank = block_of_cluster(), part = rank / p.together, of_couple = rank % p.together;
   RingSize size = RingSize::of(p.blocks, O::step_scales, weights);
   let_successor_start();
   const auto tile_of = [&](int32_t tile) { return min(tile, p.tiles - 1); };
   const auto weight_of = [&](int32_t tile) { return weights > 1 ? 0 : p.weight_of(tile); };
   // What both of a couple need, they bring in turns.
   const auto in_turn = [&](int32_t step) { return static_cast<uint32_t>(step) % 2 == of_couple; };
+  const auto bring = [&](uint8_t *to, const CUtensorMap *map, int32_t x, int32_t y, bool common, uint32_t stage, uint64_t hint) {
+    if (common) tensor_copy_to(static_cast<uint16_t>(3 << (rank - of_couple)), to, map, x, y, full[stage], hint);
+    else tensor_copy(to, map, x, y, full[stage], hint);
+  };
   const auto bring_weights = [&](int32_t matrix, int32_t tile, bool alone, bool common, int32_t step, uint32_t stage) {
     full[stage].expect(weights * tile_bytes);
     if (common && !in_turn(step)) return;
 #pragma unroll
     for (int n = 0; n < weights; ++n) {
       const Weight &w = p.w[weight_of(tile) + n];
-      uint8_t *const to = ring + stage * size.stage_bytes + n * tile_bytes;
-      const int32_t line = ((matrix * w.tiles + tile - w.first) * p.steps + step) * tile_columns;
-      if (common) tensor_copy_to(3, to, &w.lines, 0, line, full[stage], alone ? read_once : read_again);
-      else tensor_copy(to, &w.lines, 0, line, full[stage], alone ? read_once : read_again);
+      bring(ring + stage * size.stage_bytes + n * tile_bytes, &w.lines, 0, ((matrix * w.tiles + tile - w.first) * p.steps + step) * tile_columns, common, stage, alone ? read_once : read_again);
     }
   };
   const auto bring_rows = [&](const Box &box, bool common, int32_t step, uint32_t stage) {
-    uint8_t *const to = ring + stage * size.stage_bytes + weights * tile_bytes + box.to * line_bytes;
+    if (common && !in_turn(step)) return;
     const int32_t x = p.direct ? step * line_bytes : 0, y = p.direct ? box.row : static_cast<int32_t>(step * p.packed.places) + box.row;
-    if (common) tensor_copy_to(3, to, &p.x[box.size], x, y, full[stage], read_often);
-    else tensor_copy(to, &p.x[box.size], x, y, full[stage], read_often);
+    bring(ring + stage * size.stage_bytes + weights * tile_bytes + box.to * line_bytes, &p.x[box.size], x, y, common, stage, read_often);
   };
   const auto scales_of = [&](int32_t matrix, int32_t tile, const float *(&ws)[weights]) {
 #pragma unroll
@@ -163,35 +165,38 @@ __global__ void __launch_bounds__(contract_threads, 1) contract_kernel(const __g
   if (threadIdx.x == 0) {
     for (uint32_t i = 0; i < most_stages; ++i) {
       full[i].init(O::step_scales ? 3 : 2); // lines of weights, lines of rows, scales
-      empty[i].init(p.dealt ? 16 : 8);      // warps of the block, and of the other of a couple
+      empty[i].init(8 * p.together);        // warps that add up
     }
     publish_barriers();
     table.ring = size;
   }
-  if (p.dealt) arrive_with_barriers();
-  else __syncthreads();
+  if (clustered) arrive_with_barriers();
+  __syncthreads();
   if (threadIdx.x >= 64 && threadIdx.x < 64 + row_sizes) prefetch_map(&p.x[threadIdx.x - 64]);
   if (threadIdx.x >= 32 && threadIdx.x < 32 + p.weights) prefetch_map(&p.w[threadIdx.x - 32].lines);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const bool brings_weights = threadIdx.x == 0, brings_scales = O::step_scales && (warp == 1 || warp == 2), brings_rows = warp == 3;
   // Where the first item is known before anything of rows is: weights are brought before the predecessor has ended, and as many rows as there may be
   // before it is known how many there are.
-  const int32_t row_tiles = p.groups * p.row_tiles, item_rows = p.blocks * block_rows, known = blockIdx.x / p.parts;
+  const int32_t row_tiles = p.groups * p.row_tiles, item_rows = p.blocks * block_rows, known = cluster_of_block();
   const int32_t first = p.steps * part / p.parts, last = p.steps * (part + 1) / p.parts;
   const int32_t ahead = p.dealt ? 0 : min(last - first, static_cast<int32_t>(size.stages));
   int32_t turn = warp - 1; // of a warp that brings scales: pairs of steps of the other before its next one
   Scales<weights> own;
   const float *ws[weights];
   if (!p.dealt) {
-    const int32_t tile = known / row_tiles, place = known % row_tiles, row = place / p.row_tiles * p.distance + place % p.row_tiles * item_rows;
-    if (brings_weights) {
+    const int32_t tile = tile_of(known / row_tiles * p.together + of_couple), place = known % row_tiles;
+    const int32_t row = place / p.row_tiles * p.distance + place % p.row_tiles * item_rows;
+    if (brings_weights)
       for (int32_t i = 0; i < ahead; ++i) bring_weights(0, tile, row_tiles == 1, false, first + i, i);
-    } else if (brings_rows && lane == 0) {
+    __syncwarp();
+    if (clustered) wait_for_cluster(); // the barriers of others can be used
+    if (brings_rows && lane == 0) {
       const Box box{0, row, size_index(item_rows)};
       after_predecessor();
       for (int32_t i = 0; i < ahead; ++i) {
         full[i].expect(item_rows * line_bytes);
-        bring_rows(box, false, first + i, i);
+        bring_rows(box, p.together > 1, first + i, i);
       }
     } else if (brings_scales) {
       scales_of(0, tile, ws);
@@ -226,13 +231,13 @@ __global__ void __launch_bounds__(contract_threads, 1) contract_kernel(const __g
   __syncthreads();
   if (warp == 0) {
     if (p.dealt) deal<weights>(p, O::step_scales, table);
-    Items::list(p, table, weights > 1, 0);
+    Items<weights>::list(p, table, 0);
   }
   __syncthreads();
-  if (p.dealt) wait_for_cluster(); // the other's barriers can be used
+  if (p.dealt && clustered) wait_for_cluster();
   size = table.ring;
 
-  Items items(p, table, weights > 1);
+  Items<weights> items(p, table);
   float *const scales = reinterpret_cast<float *>(ring + size.stages * size.stage_bytes);
   if (threadIdx.x < 128) {
     give_registers<72>();
@@ -242,15 +247,13 @@ __global__ void __launch_bounds__(contract_threads, 1) contract_kernel(const __g
     while (items.next()) {
       const Item item = items.item();
       if (brings_weights) {
-        const bool common = item.common == Common::weights;
         const int32_t tile = tile_of(item.tile);
         for (int32_t step = item.first; step < item.last; ++step, at.advance(size.stages), ++brought) {
           if (brought < ahead) continue;
           empty[at.stage].wait(at.phase ^ 1);
-          bring_weights(item.matrix, tile, item.alone, common, step, at.stage);
+          bring_weights(item.matrix, tile, item.alone, item.common == Common::weights, step, at.stage);
         }
       } else if (brings_rows) {
-        const bool common = item.common == Common::rows;
         Box box{0, item.row, size_index(item.rows)};
         const int boxes = p.direct && p.dealt ? cut_boxes(p, table, item, box) : 1;
         const uint32_t bytes = line_bytes * __reduce_add_sync(0xFFFFFFFFu, lane < boxes ? row_size(box.size) : 0);
@@ -261,7 +264,7 @@ __global__ void __launch_bounds__(contract_threads, 1) contract_kernel(const __g
             full[at.stage].expect(bytes);
           }
           __syncwarp();
-          if (lane < boxes && (!common || in_turn(step))) bring_rows(box, common, step, at.stage);
+          if (lane < boxes) bring_rows(box, item.common == Common::rows, step, at.stage);
         }
       } else if (brings_scales) {
         // The two take turns with pairs of steps; the loads of one are on their way while the other has its own. A phase of a barrier is known by its
@@ -295,7 +298,7 @@ __global__ void __launch_bounds__(contract_threads, 1) contract_kernel(const __g
     }
   } else {
     take_registers<216>();
-    const uint32_t frees = lane < (p.dealt ? 2 : 1) ? (p.dealt ? of_couple ^ lane : part) : nowhere;
+    const uint32_t frees = lane < p.together ? rank - of_couple + lane : nowhere;
     Multiplier<O, Finish> multiplier{p, table, finish, ring, {uniform(size.stages), uniform(size.stage_bytes), uniform(size.scales)}, scales, full, empty, maxima, static_cast<int>(threadIdx.x % 128), static_cast<int>(uniform(threadIdx.x / 128)) - 1, frees};
     while (items.next()) {
       const Item &item = items.item();
@@ -322,13 +325,13 @@ __global__ void __launch_bounds__(contract_threads, 1) contract_kernel(const __g
   if (clustered) meet_cluster(); // others may still read this block's sums, and arrive at its barriers
 }
 
-/// How a launch is cut into blocks: 64s of rows of a tile, blocks that share k, and clusters of those; or couples to which tiles are dealt out.
+/// How a launch is cut into blocks: 64s of rows of a tile, blocks of a couple or 1, how many of those share k, and clusters; whether tiles are dealt out.
 struct Cut {
   int32_t blocks;
-  uint32_t parts, clusters;
+  uint32_t together, parts, clusters;
   bool dealt;
 
-  uint32_t of_cluster() const { return dealt ? 2 : parts; }
+  uint32_t of_cluster() const { return together * parts; }
 };
 
 template <class Kernel>
@@ -350,41 +353,57 @@ cudaError_t configure(Kernel *kernel, const Call &c, const Cut &cut, cudaLaunchC
   return cudaSuccess;
 }
 
-/// Chooses the cut by an estimate of its time, in nanoseconds as measured on an H100: rounds of blocks, of so many steps and what ends an item, after
-/// what precedes the first; at least as long as memory brings the weights; then exchanges of sums. `length`: rows of each of `groups` segments. Tiles
-/// are dealt out where there are more than blocks, and where those of segments are fewer when they are cut together.
+/// How many clusters of a cut run at once.
+template <class Kernel>
+cudaError_t clusters_of(Kernel *kernel, const Call &c, const Cut &cut, uint32_t &fit) {
+  fit = c.processors;
+  if (cut.of_cluster() == 1) return cudaSuccess;
+  cudaLaunchConfig_t config;
+  cudaLaunchAttribute attributes[2];
+  if (const cudaError_t e = configure(kernel, c, cut, config, attributes)) return e;
+  int most = 0;
+  const cudaError_t e = cudaOccupancyMaxActiveClusters(&most, kernel, &config);
+  fit = most;
+  return e;
+}
+
+/// Chooses the cut by an estimate of its time, in nanoseconds as measured on an H100: rounds of blocks, of so many steps, which take what shared
+/// memory or what the L2 cache needs, and what ends an item, after what precedes the first; at least as long as memory brings the weights; then
+/// exchanges of sums. `length`: rows of each of `groups` segments. Tiles are dealt out where there are more than blocks, and where those of segments
+/// are fewer when they are cut together.
 template <class Kernel>
 cudaError_t choose_cut(Kernel *kernel, const Call &c, int32_t tiles, int32_t groups, int64_t length, int32_t steps, int weights, int32_t most, uint32_t most_parts, Cut &best) {
-  constexpr uint64_t step_time[most_blocks] = {330, 490, 670, 830}, before = 3000, end_time = 800, exchange = 2000, exchange_each = 700, dealing = 1000;
-  constexpr uint64_t bytes_a_time = 3000;
-  const uint64_t memory = uint64_t{static_cast<uint32_t>(tiles)} * weights * steps * tile_bytes / bytes_a_time;
-  const uint32_t processors = c.processors;
-  const auto item_time = [&](uint32_t blocks, uint32_t of_steps) { return of_steps * step_time[weights * blocks - 1] + end_time * weights * blocks; };
+  constexpr uint64_t before = 5000, end_time = 800, sharing = 800, dealing = 3000;
+  // memory, and what of it comes to one processor, in bytes
+  constexpr uint64_t bytes_a_time = 3000, bytes_of_one = 40;
+  const auto memory_time = [&](uint64_t running) { return uint64_t{static_cast<uint32_t>(tiles)} * weights * steps * tile_bytes / std::min(bytes_a_time, bytes_of_one * running); };
+  const auto item_time = [&](uint32_t blocks, uint64_t brought, uint64_t of_steps, uint64_t running) {
+    const uint64_t moved = 5 * step_moves(weights, blocks) + 30, brings = 19 * brought * running / c.processors;
+    return of_steps * std::max(moved, brings);
+  };
+  const auto end_of = [&](uint32_t blocks, uint32_t parts) -> uint64_t {
+    return parts == 1 ? end_time * weights * blocks : 1800 + 420 * parts * blocks + (parts > 4 ? 1500 * (parts - 4) : 0);
+  };
   uint64_t least = UINT64_MAX;
   for (uint32_t blocks = 1; blocks <= static_cast<uint32_t>(most); ++blocks)
-    for (uint32_t parts = 1; parts <= most_parts && (parts == 1 || steps >= static_cast<int32_t>(4 * parts)); ++parts) {
-      const uint32_t items = static_cast<uint32_t>(tiles * groups * ceil_div(length, int64_t{blocks} * block_rows));
-      const Cut cut{static_cast<int32_t>(blocks), parts, items, false};
-      uint32_t slots = processors;
-      if (parts > 1) {
-        cudaLaunchConfig_t config;
-        cudaLaunchAttribute attributes[2];
-        if (const cudaError_t e = configure(kernel, c, cut, config, attributes)) return e;
-        int fit = 0;
-        if (const cudaError_t e = cudaOccupancyMaxActiveClusters(&fit, kernel, &config)) return e;
-        slots = fit;
-        if (fit == 0) continue;
-      } else if (items > processors) {
-        continue;
+    for (uint32_t together = 1; together <= 2; ++together)
+      for (uint32_t parts = 1; parts <= most_parts && together * parts <= most_cluster && (parts == 1 || steps >= static_cast<int32_t>(4 * parts)); ++parts) {
+        const uint32_t items = static_cast<uint32_t>(ceil_div(tiles, together) * groups * ceil_div(length, int64_t{blocks} * block_rows));
+        const Cut cut{static_cast<int32_t>(blocks), together, parts, items, false};
+        if (cut.of_cluster() == 1 && items > static_cast<uint32_t>(c.processors)) continue;
+        uint32_t slots;
+        if (const cudaError_t e = clusters_of(kernel, c, cut, slots)) return e;
+        if (slots == 0 || (parts == 1 && items > slots)) continue;
+        const uint64_t rounds = ceil_div(items, slots), running = uint64_t{items < slots ? items : slots} * cut.of_cluster();
+        const uint64_t loop = rounds * item_time(blocks, 16 * weights + 8 * blocks / together, ceil_div(static_cast<uint32_t>(steps), parts), running);
+        const uint64_t cost = before + std::max(loop, memory_time(running)) + rounds * end_of(blocks, parts) + (together > 1 ? sharing : 0);
+        if (cost < least) least = cost, best = cut;
       }
-      const uint64_t rounds = ceil_div(items, slots), loop = before + rounds * item_time(blocks, ceil_div(static_cast<uint32_t>(steps), parts));
-      const uint64_t cost = (loop > memory ? loop : memory) + (parts > 1 ? rounds * (exchange + exchange_each * (parts + blocks)) : 0);
-      if (cost < least) least = cost, best = cut;
-    }
   for (uint32_t blocks = 1; blocks <= static_cast<uint32_t>(most); ++blocks) {
-    const uint64_t items = uint64_t{static_cast<uint32_t>(tiles)} * ceil_div(groups * (length + 7) / 8 * 8, int64_t{blocks} * block_rows), time = item_time(blocks, steps);
-    const uint64_t loop = before + dealing + (items > processors ? items * time / processors : time), cost = loop > memory ? loop : memory;
-    if (cost < least) least = cost, best = {most, 1, static_cast<uint32_t>(items), true}; // 64s as there are rows
+    const uint64_t row_tiles = ceil_div(groups * (length + 7) / 8 * 8, int64_t{blocks} * block_rows), items = uint64_t{static_cast<uint32_t>(tiles)} * row_tiles;
+    const uint64_t time = item_time(blocks, std::min(16 * weights + 4 * blocks, 8 * weights + 8 * blocks), steps, c.processors) + end_of(blocks, 1), processors = c.processors;
+    const uint64_t loop = items > processors ? items * time / processors : time, cost = before + dealing + std::max(loop, memory_time(processors));
+    if (cost < least) least = cost, best = {most, 2, 1, static_cast<uint32_t>(items), true}; // 64s as there are rows
   }
   return least == UINT64_MAX ? cudaErrorInvalidConfiguration : cudaSuccess;
 }
@@ -434,7 +453,7 @@ cudaError_t contract(const Call &c, int64_t inner, const Rows &rows, const Choic
     if (const cudaError_t e = map_of(given.w, line_bytes, line_bytes, choice.experts * weight.tiles * steps * tile_columns, tile_columns, false, weight.lines)) return e;
   }
   problem.groups = direct ? static_cast<int32_t>(rows.segments) : choice.experts;
-  Cut cut{most_of<Finish>, 1, static_cast<uint32_t>(problem.tiles * places), true}; // fewer couples where there are fewer processors
+  Cut cut{most_of<Finish>, 2, 1, most_dealt, true};
   if (direct) {
     const uint32_t most_parts = Finish::quantises || Finish::pairs ? 1 : 8;
     if (const cudaError_t e = choose_cut(kernel, c, problem.tiles, problem.groups, rows.distance(), static_cast<int32_t>(steps), weights_of_tile, most_of<Finish>, most_parts, cut)) return e;
@@ -445,7 +464,12 @@ cudaError_t contract(const Call &c, int64_t inner, const Rows &rows, const Choic
     problem.row_tiles = static_cast<int32_t>(ceil_div(rows.distance(), int64_t{cut.blocks} * block_rows));
     problem.xs = xs;
   }
-  if (cut.dealt) cut.clusters = std::min({cut.clusters, static_cast<uint32_t>(c.processors) / 2, most_dealt / 2});
+  if (cut.dealt) {
+    uint32_t fit;
+    if (const cudaError_t e = clusters_of(kernel, c, cut, fit)) return e;
+    if (fit == 0) return cudaErrorInvalidConfiguration;
+    cut.clusters = std::min({cut.clusters, fit, most_dealt / cut.together});
+  }
   for (int i = 0; i < row_sizes; ++i)
     if (const cudaError_t e = direct ? map_of(x, row_bytes, row_bytes, rows.capacity(), row_size(i), true, problem.x[i])
                                      : map_of(packed.lines, line_bytes, line_bytes, packed.places * steps, row_size(i), false, problem.x[i]))
@@ -455,6 +479,7 @@ cudaError_t contract(const Call &c, int64_t inner, const Rows &rows, const Choic
   if (direct && O::row_scales) problem.packed.scales = const_cast<float *>(xs);
   problem.steps = static_cast<int32_t>(steps);
   problem.blocks = cut.blocks;
+  problem.together = cut.together;
   problem.parts = cut.parts;
   problem.zeros = choice.zeros;
   problem.dealt = cut.dealt;

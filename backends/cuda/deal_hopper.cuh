@@ -1,13 +1,13 @@
 // Which blocks of a contraction on Hopper do what: its tiles of rows and columns, cut and dealt out on the device, where it is known how many rows
 // there are.
 //
-// Two blocks of a cluster, a couple, take items together: either the same rows and neighbouring blocks of columns, or the same columns and neighbouring
-// tiles of rows. What both need is brought once, by one of them, to the shared memory of both: the L2 cache brings less than products would take.
+// Two blocks of a cluster, a couple, take tiles together: either the same rows and neighbouring blocks of columns, or the same columns and neighbouring
+// tiles of rows. What both need is brought by one of them to the shared memory of both: the L2 cache brings less than products would take.
 //
-// Where there are fewer tiles than processors, clusters share the sum over k of an item; how k is cut then depends on sizes and the processor, never on
-// the number of rows there are. Where there are more, tiles are dealt out: every couple gets a share of the same length, which may begin and end
-// inside of an item. Who has the first steps of an item leaves its sums, and who has the others goes on with them, so that each sum is added up in
-// the order of k wherever it is cut.
+// Where there are fewer tiles than processors, couples of a cluster, or single blocks, share the sum over k of an item; how k is cut then depends on
+// sizes and the processor, never on the number of rows there are. Where there are more, tiles are dealt out: every couple gets a share of the same
+// length, which may begin and end inside of an item. Who has the first steps of an item leaves its sums, and who has the others goes on with them, so
+// that each sum is added up in the order of k wherever it is cut.
 #pragma once
 #include "hopper.cuh"
 #include "pack_rows.cuh"
@@ -57,7 +57,7 @@ struct Problem {
   int32_t weights, tiles, steps; // weights, their blocks of columns altogether, lines along k
   int32_t groups;                // matrices of each weight, or segments
   int32_t blocks, row_tiles;     // 64s of rows of a tile at most, tiles of a segment
-  uint32_t parts;                // blocks of a cluster that share k
+  uint32_t together, parts;      // blocks of a couple, or 1, and how many of those a cluster has, which share k
   bool zeros;                    // rows that meet no matrix get results of zeros
   bool columns_first;            // of items that are dealt out; else those with the same weights follow each other
   bool dealt;                    // tiles are dealt out, to couples; else a block knows its first one before it knows how many rows there are
@@ -125,37 +125,41 @@ __device__ __forceinline__ uint32_t quotient_of(uint32_t n, uint32_t d) {
   return left < 0 ? near - 1 : left >= static_cast<int32_t>(d) ? near + 1 : near;
 }
 
-/// How rows of one matrix are cut into tiles, and what couples share of them: rows, unless sharing weights leaves fewer blocks without work, or as
-/// many where weights are the larger part.
-struct Cuts {
-  int32_t count, blocks, rest; // tiles, and 64s of rows of each but the last, which has `rest`
-  Common common;
-  int32_t row_items, columns; // items of a couple: by rows, and for each of those
-  int32_t last;               // 64s of rows of the last by rows; all others have `blocks`
+/// KB that shared memory gets and gives in a step: lines, then those of both operands for each product of 64 rows with 128 columns, or twice with 64.
+__host__ __device__ constexpr uint32_t step_moves(uint32_t weights, uint32_t blocks) {
+  return 16 * weights + 8 * blocks + weights * blocks * (blocks % 2 == 0 ? 24 : 32);
+}
 
-  __device__ __forceinline__ Cuts(int32_t rows, int32_t most, int32_t tiles, bool wide) {
-    const int32_t all = (rows + block_rows - 1) / block_rows;
-    count = quotient_of(all + most - 1, most);
-    blocks = count == 0 ? 0 : quotient_of(all + count - 1, count);
-    rest = all - (count - 1) * blocks;
-    const int32_t by_rows = count * ((tiles + 1) & ~1), by_weights = ((count + 1) & ~1) * tiles;
-    common = by_weights < by_rows || (by_weights == by_rows && wide) ? Common::weights : Common::rows;
-    row_items = common == Common::weights ? (count + 1) / 2 : count;
-    columns = common == Common::weights ? tiles : (tiles + 1) / 2;
-    last = common == Common::weights && count % 2 == 0 ? blocks : rest;
-  }
-  __device__ __forceinline__ int32_t items() const { return row_items * columns; }
-};
-
-/// Lengths of items in units of 64 cycles, as measured on an H100: steps, which take what their products do or what the L2 cache needs to bring
-/// what is not common, and what ends an item.
+/// Lengths of items in units of 64 cycles, as measured on an H100: steps, which take what shared memory needs, at 128 bytes a cycle and an eighth more,
+/// or what the L2 cache needs to bring what is not shared; and what ends an item.
 template <int Weights>
 struct Lengths {
   static constexpr int32_t least_cut = 16, least_steps = 4; // steps of items that may be cut, and of their pieces
   static __device__ __forceinline__ uint32_t step(int32_t blocks, Common common) {
-    return max(4 * Weights * blocks + 5, common == Common::weights ? 4 * Weights + 4 * blocks + 2 : 8 * Weights + 2 * blocks + 2);
+    return max((step_moves(Weights, blocks) * 9 >> 6) + 1, common == Common::rows ? 8 * Weights + 2 * blocks + 2 : 4 * Weights + 4 * blocks + 2);
   }
   static __device__ __forceinline__ uint32_t of(int32_t steps, int32_t blocks, Common common) { return steps * step(blocks, common) + 24 * Weights * blocks + 48; }
+};
+
+/// How rows of one matrix are cut into tiles, and what couples share of them, so that they take the least time.
+template <int Weights>
+struct Cuts {
+  int32_t count, blocks; // tiles, and 64s of rows of each but perhaps the last
+  Common common;
+  int32_t row_items, columns; // items of a couple: by rows, and for each of those
+  int32_t last;               // 64s of rows of the last by rows; all others have `blocks`
+
+  __device__ __forceinline__ Cuts(int32_t rows, int32_t most, int32_t tiles) {
+    const int32_t all = (rows + block_rows - 1) / block_rows;
+    count = quotient_of(all + most - 1, most);
+    blocks = count == 0 ? 0 : quotient_of(all + count - 1, count);
+    const int32_t rest = all - (count - 1) * blocks, couples_of_rows = (count + 1) / 2, couples_of_tiles = (tiles + 1) / 2;
+    const bool by_rows = count * couples_of_tiles * Lengths<Weights>::step(blocks, Common::rows) < couples_of_rows * tiles * Lengths<Weights>::step(blocks, Common::weights);
+    common = by_rows ? Common::rows : Common::weights;
+    row_items = by_rows ? count : couples_of_rows, columns = by_rows ? couples_of_tiles : tiles;
+    last = by_rows || count % 2 != 0 ? rest : blocks;
+  }
+  __device__ __forceinline__ int32_t items() const { return row_items * columns; }
 };
 
 /// A value of another lane.
@@ -191,19 +195,20 @@ __device__ __forceinline__ void deal(const Problem &p, bool step_scales, Table &
       rows = __shfl_sync(0xFFFFFFFFu, sum, 31);
     }
   const int32_t matrices = p.direct ? 1 : p.groups;
-  const auto length_of = [&](const Cuts &cuts, int32_t blocks) { return Length::of(p.steps, blocks, cuts.common); };
-  const auto row_items_length = [&](const Cuts &cuts) { return cuts.count == 0 ? 0 : (cuts.row_items - 1) * length_of(cuts, cuts.blocks) + length_of(cuts, cuts.last); };
-  const auto cuts_of = [&](int32_t matrix, int32_t cut) { return Cuts(p.direct ? rows : table.groups[matrix].count, cut, p.tiles, Weights > 1); };
+  using Cut = Cuts<Weights>;
+  const auto length_of = [&](const Cut &cuts, int32_t blocks) { return Length::of(p.steps, blocks, cuts.common); };
+  const auto row_items_length = [&](const Cut &cuts) { return cuts.count == 0 ? 0 : (cuts.row_items - 1) * length_of(cuts, cuts.blocks) + length_of(cuts, cuts.last); };
+  const auto cuts_of = [&](int32_t matrix, int32_t cut) { return Cut(p.direct ? rows : table.groups[matrix].count, cut, p.tiles); };
   // the cut that is done first
-  const uint32_t couples = gridDim.x / 2, couple = blockIdx.x / 2;
+  const uint32_t couples = clusters(), couple = cluster_of_block();
   struct Sums {
     uint32_t items, length, largest, time; // `largest`: 64s of rows
   } best{0, 0, 1, UINT32_MAX};
   int32_t best_cut = 1;
-  const auto add = [&](Sums &to, const Cuts &cuts) { to = {to.items + cuts.items(), to.length + cuts.columns * row_items_length(cuts), max(to.largest, cuts.blocks), 0}; };
+  const auto add = [&](Sums &to, const Cut &cuts) { to = {to.items + cuts.items(), to.length + cuts.columns * row_items_length(cuts), max(to.largest, cuts.blocks), 0}; };
   const auto time_of = [&](const Sums &sums) {
     if (sums.items > couples && p.steps >= Length::least_cut) return quotient_of(sums.length, couples) + 1;
-    return quotient_of(sums.items + couples - 1, couples) * Length::of(p.steps, sums.largest, Common::rows);
+    return quotient_of(sums.items + couples - 1, couples) * Length::of(p.steps, sums.largest, Common::weights);
   };
   if (matrices <= 8) { // cuts side by side
     static_assert(most_blocks == 4);
@@ -232,7 +237,7 @@ __device__ __forceinline__ void deal(const Problem &p, bool step_scales, Table &
   if (items > couples) share = {items, items, 0, 0};
   for (int32_t first = 0; first < matrices; first += 32) {
     const int32_t matrix = first + lane;
-    const Cuts cuts = matrix < matrices ? cuts_of(matrix, best_cut) : Cuts(0, best_cut, p.tiles, Weights > 1);
+    const Cut cuts = matrix < matrices ? cuts_of(matrix, best_cut) : Cut(0, best_cut, p.tiles);
     const uint32_t own_items = cuts.items(), own_length = cuts.columns * row_items_length(cuts);
     const uint32_t item_sum = item_before + sum_to_lane(own_items), length_sum = length_before + sum_to_lane(own_length);
     if (!p.direct && matrix < matrices) table.before[matrix] = item_sum - own_items;
@@ -275,25 +280,24 @@ __device__ __forceinline__ void deal(const Problem &p, bool step_scales, Table &
 }
 
 /// Items of a block, which all of its threads go through together. Those of its couple's share, where tiles are dealt: in order of matrices, and
-/// tiles of rows or blocks of columns. Else every so many, in order of blocks of columns and tiles of rows, which in segments are cut whether there are rows or not;
-/// every block of a cluster takes the same.
+/// tiles of rows or blocks of columns. Else every so many, in order of blocks of columns and tiles of rows, which in segments are cut whether there
+/// are rows or not; every block of a cluster takes the same rows.
+template <int Weights>
 class Items {
   const Problem &p;
   Table &table;
-  const bool wide;
   uint32_t number = UINT32_MAX, count;
 
   __device__ __forceinline__ Item item_of(int32_t matrix, int32_t tile, const Group &g, int32_t from, int32_t most) const {
     const int32_t rows = max(min(most, g.count - from), 0);
-    return {matrix, tile, g.base + from, g.base + from + rows, max((rows + block_rows - 1) / block_rows, 1), row_size(size_index(rows)), 0, p.steps, Common::nothing, false, false, false};
+    return {matrix, tile, g.base + from, g.base + from + rows, max((rows + block_rows - 1) / block_rows, 1), row_size(size_index(rows)), 0, p.steps};
   }
   __device__ __forceinline__ Item known(uint32_t n) const {
-    const int32_t index = blockIdx.x / p.parts + n * (gridDim.x / p.parts);
-    const int32_t row_tiles = p.groups * p.row_tiles, tile = index / row_tiles, r = index % row_tiles, from = r % p.row_tiles * p.blocks * block_rows;
-    Item own = item_of(0, tile, table.groups[r / p.row_tiles], from, p.blocks * block_rows);
-    const uint32_t part = p.parts == 1 ? 0 : block_of_cluster();
+    const int32_t index = cluster_of_block() + n * clusters(), rank = block_of_cluster(), part = rank / p.together, row_tiles = p.groups * p.row_tiles;
+    const int32_t tile = index / row_tiles * p.together + rank % p.together, r = index % row_tiles;
+    Item own = item_of(0, tile, table.groups[r / p.row_tiles], r % p.row_tiles * p.blocks * block_rows, p.blocks * block_rows);
     own.first = p.steps * part / p.parts, own.last = p.steps * (part + 1) / p.parts;
-    own.alone = row_tiles == 1;
+    own.common = p.together > 1 ? Common::rows : Common::nothing, own.alone = row_tiles == 1;
     return own;
   }
   __device__ __forceinline__ Item dealt(uint32_t n) const {
@@ -307,25 +311,25 @@ class Items {
     else if (index == share.last) index = share.first, from = share.first_step;
     const int32_t matrix = p.direct ? 0 : table.last_until(p.groups, index);
     const Group g = p.direct ? Group{0, table.rows} : table.groups[matrix];
-    const Cuts cuts(g.count, table.blocks, p.tiles, wide);
+    const Cuts<Weights> cuts(g.count, table.blocks, p.tiles);
     const int32_t local = static_cast<int32_t>(index) - (p.direct ? 0 : table.before[matrix]), most = cuts.blocks * block_rows;
-    const int32_t inner = p.columns_first ? cuts.columns : cuts.row_items, outer = quotient_of(local, inner), of_couple = blockIdx.x % 2;
+    const int32_t inner = p.columns_first ? cuts.columns : cuts.row_items, outer = quotient_of(local, inner);
     const int32_t column = p.columns_first ? local - outer * inner : outer, row_item = p.columns_first ? outer : local - outer * inner;
-    const bool by_rows = cuts.common == Common::rows;
-    Item own = item_of(matrix, by_rows ? 2 * column + of_couple : column, g, (by_rows ? row_item : 2 * row_item + of_couple) * most, most);
+    const int32_t other_rows = cuts.common == Common::weights ? 2 : 1, other_tiles = 3 - other_rows, number = block_of_cluster();
+    Item own = item_of(matrix, column * other_tiles + (other_tiles - 1) * number, g, (row_item * other_rows + (other_rows - 1) * number) * most, most);
     own.first = from, own.last = to, own.resumes = from > 0, own.leaves = to < p.steps;
     own.common = cuts.common, own.alone = cuts.row_items == 1;
     return own;
   }
 
  public:
-  __device__ __forceinline__ Items(const Problem &of, Table &in, bool wide_) : p(of), table(in), wide(wide_) {
-    const uint32_t all = static_cast<uint32_t>(p.tiles * p.groups * p.row_tiles), every = gridDim.x / p.parts, own = blockIdx.x / p.parts;
+  __device__ __forceinline__ Items(const Problem &of, Table &in) : p(of), table(in) {
+    const uint32_t every = clusters(), own = cluster_of_block(), all = (p.tiles + p.together - 1) / p.together * p.groups * p.row_tiles;
     count = p.dealt ? table.share.count() : all > own ? (all - own + every - 1) / every : 0;
   }
   /// Puts the next items of the block into the table. All lanes of a warp.
-  static __device__ __forceinline__ void list(const Problem &p, Table &table, bool wide, uint32_t from) {
-    const Items items(p, table, wide);
+  static __device__ __forceinline__ void list(const Problem &p, Table &table, uint32_t from) {
+    const Items items(p, table);
     const uint32_t own = from + threadIdx.x % 32;
     if (own < items.count) table.items[threadIdx.x % 32] = p.dealt ? items.dealt(own) : items.known(own);
   }
@@ -336,7 +340,7 @@ class Items {
       if (++number >= count) return false;
       if (number > 0 && number % listed_items == 0) {
         __syncthreads();
-        if (threadIdx.x < 32) list(p, table, wide, number);
+        if (threadIdx.x < 32) list(p, table, number);
         __syncthreads();
       }
       const Item &own = item();

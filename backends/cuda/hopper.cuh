@@ -116,6 +116,17 @@ __device__ __forceinline__ uint32_t block_of_cluster() {
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
+/// The number of this block's cluster, and how many there are.
+__device__ __forceinline__ uint32_t cluster_of_block() {
+  uint32_t number;
+  asm("mov.u32 %0, %%clusterid.x;" : "=r"(number));
+  return number;
+}
+__device__ __forceinline__ uint32_t clusters() {
+  uint32_t count;
+  asm("mov.u32 %0, %%nclusterid.x;" : "=r"(count));
+  return count;
+}
 /// All threads of all blocks of the cluster meet; what they wrote to each other's shared memory before is seen after.
 __device__ __forceinline__ void arrive_in_cluster() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
 __device__ __forceinline__ void wait_for_cluster() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }

@@ -213,7 +213,7 @@ struct Multiplier {
     }
     at.stage = stage, at.phase = phase;
   }
-  /// The warp is done with what a stage has, in this block and for the other of a couple, which brings some of it.
+  /// The warp is done with what a stage has, for both blocks of a couple, which bring some of it.
   __device__ __forceinline__ void release(uint32_t stage) const {
     if (frees != nowhere) empty[stage].arrive_at(frees);
   }
@@ -222,14 +222,14 @@ struct Multiplier {
   __device__ __forceinline__ Four<Sum> *left(uint32_t to) const { return reinterpret_cast<Four<Sum> *>(p.left + to * sums_left) + half * 128 + thread; }
   template <int Blocks>
   __device__ __forceinline__ void leave(const Sum (&sums)[sets<Blocks>][width<Blocks> / 2]) {
-    Four<Sum> *const to = left<Blocks>(blockIdx.x + 2);
+    Four<Sum> *const to = left<Blocks>(blockIdx.x + p.together);
 #pragma unroll
     for (int s = 0; s < sets<Blocks>; ++s)
 #pragma unroll
       for (int j = 0; j < width<Blocks> / 8; ++j) to[(s * (width<Blocks> / 8) + j) * 256] = {sums[s][4 * j], sums[s][4 * j + 1], sums[s][4 * j + 2], sums[s][4 * j + 3]};
     __threadfence();
     meet(5, 256);
-    if (half == 0 && thread == 0) store_release(p.ready + blockIdx.x + 2, 1);
+    if (half == 0 && thread == 0) store_release(p.ready + blockIdx.x + p.together, 1);
   }
   template <int Blocks>
   __device__ __forceinline__ void fetch(Sum (&sums)[sets<Blocks>][width<Blocks> / 2]) {
@@ -453,7 +453,7 @@ struct Multiplier {
       Sum eight[together][8] = {};
 #pragma unroll 2
       for (uint32_t from = 0; from < p.parts; ++from) {
-        const uint32_t there = address_in(from, shared_address(ring) + place);
+        const uint32_t there = address_in(from * p.together + block_of_cluster() % p.together, shared_address(ring) + place);
 #pragma unroll
         for (uint32_t u = 0; u < together; ++u) {
           if (unit + u * p.parts >= units) break;

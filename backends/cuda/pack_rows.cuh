@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(256) pack_all(Packing from, Rows rows, Packed 
   }
 }
 
-constexpr int pack_threads = 512, pack_listed = 256, ids_at_once = 12;
+constexpr int pack_threads = 1024, pack_listed = 256, ids_at_once = 10, ids_of_all = ids_at_once * pack_threads;
 
 /// Rows that each meet the matrix of their expert, or none. Every block counts all rows of the window, so that it knows where those of its share
 /// go: in ascending order within each matrix. Rows that meet none are counted where they get zeros.
@@ -127,6 +127,7 @@ __global__ void __launch_bounds__(pack_threads) pack_chosen(Packing from, Rows r
   __shared__ int32_t total[most_matrices + 1], next[most_matrices + 1], sizes[most_matrices]; // of matrices, and of segments
   __shared__ int32_t packed[pack_listed], source[pack_listed];
   __shared__ uint32_t listed;
+  __shared__ uint16_t counted[ids_of_all]; // ids that count, of those that are looked at
   let_successor_start();
   after_predecessor();
   const int32_t none = choice.experts;
@@ -134,6 +135,7 @@ __global__ void __launch_bounds__(pack_threads) pack_chosen(Packing from, Rows r
   const int64_t end = from.first + from.window < rows.capacity() ? from.first + from.window : rows.capacity();
   const int64_t share = ceil_div(end - from.first, static_cast<int64_t>(gridDim.x)), begin = from.first + blockIdx.x * share;
   const int64_t share_end = begin + share < end ? begin + share : end;
+  const uint32_t distance = static_cast<uint32_t>(rows.distance());
   for (int i = threadIdx.x; i <= none; i += pack_threads) total[i] = next[i] = 0;
   for (uint32_t i = threadIdx.x; i < rows.segments; i += pack_threads) sizes[i] = static_cast<int32_t>(rows.size(i));
   /// of a row that has this id, if it is there
@@ -143,30 +145,41 @@ __global__ void __launch_bounds__(pack_threads) pack_chosen(Packing from, Rows r
     if (!there || !(owned || choice.zeros)) return -1;
     return owned ? static_cast<int32_t>(expert) : none;
   };
-  const uint32_t distance = static_cast<uint32_t>(rows.distance()), first = static_cast<uint32_t>(from.first) + threadIdx.x;
-  const uint32_t segments_on = pack_threads / distance, rows_on = pack_threads % distance; // from one of a thread's rows to the next
-  uint32_t segment = first / distance, row_of_segment = first % distance;
-  for (int64_t base = first; base - threadIdx.x < end; base += ids_at_once * pack_threads) {
+  // Most ids are somebody else's: those that count are listed first, so that whole warps have something to count.
+  for (int64_t base = from.first; base < end; base += ids_of_all) {
+    if (threadIdx.x == 0) listed = 0;
     int32_t ids[ids_at_once];
 #pragma unroll
-    for (int n = 0; n < ids_at_once; ++n) ids[n] = base + n * pack_threads < end ? choice.ids[base + n * pack_threads] : choice.first - 1;
-    if (base == first) __syncthreads(); // sizes are there, and counts are none
-#pragma unroll
     for (int n = 0; n < ids_at_once; ++n) {
-      const int64_t at = base + n * pack_threads;
-      const int32_t matrix = matrix_of(at < end && row_of_segment < sizes[segment], ids[n]), before = at < begin ? 1 : 0;
-      segment += segments_on, row_of_segment += rows_on;
-      if (row_of_segment >= distance) row_of_segment -= distance, ++segment;
-      const uint32_t some = __ballot_sync(0xFFFFFFFFu, matrix >= 0);
-      if (some == 0) continue;
-      // where many lanes have the same they would wait for each other
-      const bool many = __popc(some) > 8;
-      const uint32_t alike = many ? __match_any_sync(0xFFFFFFFFu, matrix * 2 + before) : 1u << lane;
+      const int64_t at = base + n * pack_threads + threadIdx.x;
+      ids[n] = at < end ? choice.ids[at] : INT32_MIN;
+    }
+    uint32_t some = 0;
+#pragma unroll
+    for (int n = 0; n < ids_at_once; ++n)
+      if (matrix_of(ids[n] != INT32_MIN, ids[n]) >= 0) some |= 1u << n;
+    __syncthreads();
+    int32_t place = __popc(some);
+    for (int by = 1; by < 32; by *= 2) {
+      const int32_t before = __shfl_up_sync(0xFFFFFFFFu, place, by);
+      if (lane >= by) place += before;
+    }
+    int32_t first = 0;
+    if (lane == 31) first = atomicAdd(&listed, place);
+    place += __shfl_sync(0xFFFFFFFFu, first, 31) - __popc(some);
+    for (; some != 0; some &= some - 1) counted[place++] = static_cast<uint16_t>((__ffs(some) - 1) * pack_threads + threadIdx.x);
+    __syncthreads();
+    for (uint32_t i = threadIdx.x; i - lane < listed; i += pack_threads) {
+      const bool mine = i < listed;
+      const uint32_t at = static_cast<uint32_t>(base) + (mine ? counted[i] : 0);
+      const int32_t matrix = matrix_of(mine && at % distance < sizes[at / distance], choice.ids[at]), before = at < begin ? 1 : 0;
+      const uint32_t alike = __match_any_sync(0xFFFFFFFFu, matrix * 2 + before);
       if (matrix >= 0 && __ffs(alike) - 1 == lane) {
         atomicAdd(&total[matrix], __popc(alike));
         if (before != 0) atomicAdd(&next[matrix], __popc(alike));
       }
     }
+    __syncthreads();
   }
   __syncthreads();
   if (threadIdx.x < 32) {
@@ -261,7 +274,7 @@ inline cudaError_t pack_rows(const Call &c, const Packing &from, const Rows &row
     if (const cudaError_t e = prefer_shared(kernel)) return e;
     return launch(kernel, blocks, dim3(256), 0, c, from, rows, to);
   }
-  const dim3 blocks(static_cast<uint32_t>(window < 2 * c.processors ? window : 2 * c.processors));
+  const dim3 blocks(static_cast<uint32_t>(window < c.processors ? window : c.processors));
   const auto kernel = aligned ? pack_chosen<true> : pack_chosen<false>;
   if (const cudaError_t e = prefer_shared(kernel)) return e;
   return launch(kernel, blocks, dim3(pack_threads), 0, c, from, rows, choice, to);
