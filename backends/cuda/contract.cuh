@@ -141,48 +141,46 @@ constexpr int apart_of_fours = 16;
 __device__ __forceinline__ int count_of_four(int count, int four) { return count - apart_of_fours * four; }
 
 /// Adds up what the pairs of rows have in y, of row i in fours of columns from from[i] on, where there are count[i]. `chosen(i)` are its pairs,
-/// `sum(u, i)` is the sum of four u, in the order of pairs. Most rows have one or none: those are read side by side.
+/// `sum(u, i)` is the sum of four u, in the order of pairs. Most rows have few or none.
 template <bool Whole, int Fours, int Choices, int Rows, class Chosen, class Sum>
 __device__ __forceinline__ void add_pairs(const float *y, int64_t columns, const int64_t (&from)[Rows], const int (&count)[Rows], const Chosen &chosen, const Sum &sum) {
+#pragma unroll
+  for (int u = 0; u < Fours; ++u)
+#pragma unroll
+    for (int i = 0; i < Rows; ++i) sum(u, i) = {};
   uint32_t left[Rows];
 #pragma unroll
   for (int i = 0; i < Rows; ++i) left[i] = count[i] > 0 ? chosen(i).owned : 0;
-  const auto next = [&](int i, float &weight) { // of row i: where its next pair lies, and what it counts; null when there is none
-    const int j = __ffs(left[i]) - 1;
-    left[i] &= left[i] - 1;
-    weight = 0;
-#pragma unroll
-    for (int c = 0; c < Choices; ++c)
-      if (c == j) weight = chosen(i).weights[c];
-    return j < 0 ? nullptr : y + (int64_t{chosen(i).row} * Choices + j) * columns + from[i];
-  };
-  const auto read = [&](int u, int i, const float *pair) {
-    const int of_four = count_of_four(count[i], u);
-    return pair != nullptr && of_four > 0 ? read_four<Whole>(pair + apart_of_fours * u, of_four) : Four<float>{};
-  };
-  float weight[Rows];
-#pragma unroll
-  for (int i = 0; i < Rows; ++i) {
-    const float *const pair = next(i, weight[i]);
-#pragma unroll
-    for (int u = 0; u < Fours; ++u) sum(u, i) = read(u, i, pair);
-  }
-#pragma unroll
-  for (int i = 0; i < Rows; ++i)
-#pragma unroll
-    for (int u = 0; u < Fours; ++u)
-#pragma unroll
-      for (int n = 0; n < 4; ++n) sum(u, i)[n] *= weight[i];
-#pragma unroll
-  for (int i = 0; i < Rows; ++i)
 #pragma unroll 1
-    while (const float *const pair = next(i, weight[i]))
+  for (;;) {
+    uint32_t any = 0;
+#pragma unroll
+    for (int i = 0; i < Rows; ++i) any |= left[i];
+    if (any == 0) break;
+    Four<float> got[Fours][Rows];
+    float weight[Rows];
+#pragma unroll
+    for (int i = 0; i < Rows; ++i) {
+      const int j = __ffs(left[i]) - 1; // the next one; -1 of none
+      const float *const pair = y + (int64_t{chosen(i).row} * Choices + j) * columns + from[i];
+      weight[i] = 0;
+#pragma unroll
+      for (int c = 0; c < Choices; ++c)
+        if (c == j) weight[i] = chosen(i).weights[c];
 #pragma unroll
       for (int u = 0; u < Fours; ++u) {
-        const Four<float> more = read(u, i, pair);
-#pragma unroll
-        for (int n = 0; n < 4; ++n) sum(u, i)[n] += weight[i] * more[n];
+        got[u][i] = {};
+        if (j >= 0 && count_of_four(count[i], u) > 0) got[u][i] = read_four<Whole>(pair + apart_of_fours * u, count_of_four(count[i], u));
       }
+      left[i] &= left[i] - 1;
+    }
+#pragma unroll
+    for (int i = 0; i < Rows; ++i)
+#pragma unroll
+      for (int u = 0; u < Fours; ++u)
+#pragma unroll
+        for (int n = 0; n < 4; ++n) sum(u, i)[n] += weight[i] * got[u][i][n];
+  }
 }
 
 // --- any processor, any shape -----------------------------------------------------------------------------------------------------------
