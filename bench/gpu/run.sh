@@ -35,7 +35,7 @@ time_side() { # side, name, rows, file, more flags
   local side=$1 name=$2 rows=$3 file=$4
   shift 4
   "$build/runtime/step3-bench" --bundle "$side/$name" --program "$build/$name/libprogram.so" --role "$side" --rows "$rows" "$@" \
-    >"$file" 2>"$build/bench.err" || echo "step3-bench, $name, $rows rows: $(tail -1 "$build/bench.err")"
+    >"$file" 2>"$build/bench.err" || { rm -f "$file"; echo "step3-bench, $name, $rows rows: $(tail -1 "$build/bench.err")"; }
 }
 for precision in $precisions; do
   SECONDS=0
