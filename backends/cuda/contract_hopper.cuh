@@ -14,7 +14,7 @@
 
 namespace s3::hopper {
 
-constexpr uint32_t most_cluster = 8;
+constexpr uint32_t most_cluster = 8; // blocks: the most that every GPU with clusters has
 
 /// 64s of rows of a tile: sums by two weights leave registers for half as many.
 template <class Finish>

@@ -32,6 +32,7 @@ struct Int8 {
   template <int Sums>
   static __device__ __forceinline__ void product(int32_t (&d)[Sums], uint64_t a, uint64_t b, bool add) { product_i8(d, a, b, add); }
 };
+
 /// The place in a ring.
 struct Place {
   uint32_t stage = 0, phase = 0;
@@ -92,7 +93,7 @@ struct Multiplier {
   Barrier *full, *empty;
   uint32_t *maxima; // of rows of both halves of a block of columns: [warp][half][row of the warp's sixteen]
   int thread, half; // thread of the warpgroup, and which of two it is
-  uint32_t frees; // the block in which this lane says that a stage is free, or nowhere
+  uint32_t frees;   // the block in which this lane says that a stage is free, or nowhere
   Place at{};
 
   using Sum = typename O::Sum;
