@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(contract_threads, 1) contract_kernel(const __g
   if (threadIdx.x >= 32 && threadIdx.x < 32 + p.weights) prefetch_map(&p.w[threadIdx.x - 32].lines);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const bool brings_weights = threadIdx.x == 0, brings_scales = O::step_scales && (warp == 1 || warp == 2), brings_rows = warp == 3;
-  // Where the first item is known before anything of rows is: weights are brought before the predecessor has ended, and as many rows as there may be
+  // Where the only item is known before anything of rows is: weights are brought before the predecessor has ended, and as many rows as there may be
   // before it is known how many there are.
   const int32_t row_tiles = p.groups * p.row_tiles, item_rows = p.blocks * block_rows, known = cluster_of_block();
   const int32_t first = p.steps * part / p.parts, last = p.steps * (part + 1) / p.parts;
@@ -234,7 +234,7 @@ __global__ void __launch_bounds__(contract_threads, 1) contract_kernel(const __g
     Items<weights>::list(p, table, 0);
   }
   __syncthreads();
-  if (p.dealt && clustered) wait_for_cluster();
+  if (p.dealt) wait_for_cluster();
   size = table.ring;
 
   Items<weights> items(p, table);
@@ -385,20 +385,22 @@ cudaError_t choose_cut(Kernel *kernel, const Call &c, int32_t tiles, int32_t gro
     return parts == 1 ? end_time * weights * blocks : 1800 + 420 * parts * blocks + (parts > 4 ? 1500 * (parts - 4) : 0);
   };
   uint64_t least = UINT64_MAX;
-  for (uint32_t blocks = 1; blocks <= static_cast<uint32_t>(most); ++blocks)
-    for (uint32_t together = 1; together <= 2; ++together)
-      for (uint32_t parts = 1; parts <= most_parts && together * parts <= most_cluster && (parts == 1 || steps >= static_cast<int32_t>(4 * parts)); ++parts) {
+  for (uint32_t together = 1; together <= 2; ++together)
+    for (uint32_t parts = 1; parts <= most_parts && together * parts <= most_cluster && (parts == 1 || steps >= static_cast<int32_t>(4 * parts)); ++parts) {
+      Cut cut{1, together, parts, 1, false};
+      uint32_t slots;
+      if (const cudaError_t e = clusters_of(kernel, c, cut, slots)) return e;
+      if (slots == 0) continue;
+      for (uint32_t blocks = 1; blocks <= static_cast<uint32_t>(most); ++blocks) {
         const uint32_t items = static_cast<uint32_t>(ceil_div(tiles, together) * groups * ceil_div(length, int64_t{blocks} * block_rows));
-        const Cut cut{static_cast<int32_t>(blocks), together, parts, items, false};
-        if (cut.of_cluster() == 1 && items > static_cast<uint32_t>(c.processors)) continue;
-        uint32_t slots;
-        if (const cudaError_t e = clusters_of(kernel, c, cut, slots)) return e;
-        if (slots == 0 || (parts == 1 && items > slots)) continue;
+        if (parts == 1 && items > slots) continue;
+        cut.blocks = static_cast<int32_t>(blocks), cut.clusters = items;
         const uint64_t rounds = ceil_div(items, slots), running = uint64_t{items < slots ? items : slots} * cut.of_cluster();
         const uint64_t loop = rounds * item_time(blocks, 16 * weights + 8 * blocks / together, ceil_div(static_cast<uint32_t>(steps), parts), running);
         const uint64_t cost = before + std::max(loop, memory_time(running)) + rounds * end_of(blocks, parts) + (together > 1 ? sharing : 0);
         if (cost < least) least = cost, best = cut;
       }
+    }
   for (uint32_t blocks = 1; blocks <= static_cast<uint32_t>(most); ++blocks) {
     const uint64_t row_tiles = ceil_div(groups * (length + 7) / 8 * 8, int64_t{blocks} * block_rows), items = uint64_t{static_cast<uint32_t>(tiles)} * row_tiles;
     const uint64_t time = item_time(blocks, std::min(16 * weights + 4 * blocks, 8 * weights + 8 * blocks), steps, c.processors) + end_of(blocks, 1), processors = c.processors;

@@ -9,68 +9,9 @@
 // length, which may begin and end inside of an item. Who has the first steps of an item leaves its sums, and who has the others goes on with them, so
 // that each sum is added up in the order of k wherever it is cut.
 #pragma once
-#include "hopper.cuh"
-#include "pack_rows.cuh"
+#include "problem_hopper.cuh"
 
 namespace s3::hopper {
-
-constexpr int line_bytes = 128, tile_columns = 128, tile_bytes = tile_columns * line_bytes;
-constexpr int block_rows = 64, block_bytes = block_rows * line_bytes; // of A
-constexpr uint32_t most_stages = 9;
-constexpr int32_t most_blocks = 4; // 64s of rows of a tile
-constexpr uint32_t ring_bytes = (227 << 10) - (8 << 10); // with what aligns it; barriers and the table lie beside it
-
-/// The ring for tiles of so many 64s of rows and so many weights: at least four stages, since the warps that bring scales take turns with two steps each.
-struct RingSize {
-  uint32_t stages, stage_bytes, scales; // scales of a stage and a weight
-  static __host__ __device__ constexpr RingSize of(int32_t blocks, bool step_scales, int weights) {
-    const uint32_t bytes = weights * tile_bytes + blocks * block_bytes, scales = step_scales ? blocks * block_rows : 0, fit = (ring_bytes - 1024) / (bytes + 4 * weights * scales);
-    return {fit < most_stages ? fit : most_stages, bytes, scales};
-  }
-};
-static_assert(RingSize::of(most_blocks, true, 1).stages >= 4 && RingSize::of(most_blocks / 2, true, 2).stages >= 4);
-
-/// Sizes of boxes of rows, in which they are brought.
-constexpr int row_sizes = 7;
-__host__ __device__ constexpr int32_t row_size(int index) { return index < 4 ? 8 << index : 64 * (index - 2); }
-__host__ __device__ constexpr int size_index(int32_t rows) { return rows <= 8 ? 0 : rows <= 16 ? 1 : rows <= 32 ? 2 : (rows + 63) / 64 + 2; }
-
-/// A matrix of the contraction, or several of one size that rows choose among.
-struct Weight {
-  CUtensorMap lines; // of packed tiles, in boxes of a tile: copies of plain runs of bytes are slower
-  const float *scales;
-  int32_t columns, tiles, first; // columns of the result, blocks of 128 of them, and the number of the first block among those of all weights
-};
-constexpr int most_weights = 4;
-/// Blocks that tiles are dealt out to: linear.ts has scratch for their sums.
-constexpr uint32_t most_dealt = 144;
-constexpr int64_t sums_left = 256 * 128; // by one block at most
-
-struct Problem {
-  Weight w[most_weights];
-  CUtensorMap x[row_sizes]; // rows of x as they are or as they were packed, in boxes of each size
-  bool direct;              // rows are taken as they are, with scales `xs` [row][step]
-  const s3_head *heads;     // of segments of rows; null: there are `heads_rows`, else so many for each of theirs
-  int32_t heads_rows, distance, capacity; // from the start of one segment to that of the next, and of all
-  const float *xs;
-  Packed packed;
-  int32_t weights, tiles, steps; // weights, their blocks of columns altogether, lines along k
-  int32_t groups;                // matrices of each weight, or segments
-  int32_t blocks, row_tiles;     // 64s of rows of a tile at most, tiles of a segment
-  uint32_t together, parts;      // blocks of a couple, or 1, and how many of those a cluster has, which share k
-  bool zeros;                    // rows that meet no matrix get results of zeros
-  bool columns_first;            // of items that are dealt out; else those with the same weights follow each other
-  bool dealt;                    // tiles are dealt out, to couples; else a block knows its first one before it knows how many rows there are
-  float *left;                   // sums for each of the blocks to go on with
-  uint32_t *ready;               // of each of them, whether they are there
-
-  /// the weight that a block of columns is of
-  __device__ __forceinline__ int weight_of(int32_t tile) const {
-    int which = 0;
-    while (which + 1 < weights && tile >= w[which + 1].first) ++which;
-    return which;
-  }
-};
 
 /// What a couple shares of an item.
 enum class Common : int32_t { nothing, rows, weights };
@@ -162,25 +103,6 @@ struct Cuts {
   __device__ __forceinline__ int32_t items() const { return row_items * columns; }
 };
 
-/// A value of another lane.
-template <class T>
-__device__ __forceinline__ T from_lane(const T &own, int lane) {
-  static_assert(sizeof(T) % 4 == 0);
-  struct Words { uint32_t at[sizeof(T) / 4]; } words = reinterpret_cast<const Words &>(own);
-#pragma unroll
-  for (uint32_t &word : words.at) word = __shfl_sync(0xFFFFFFFFu, word, lane);
-  return reinterpret_cast<const T &>(words);
-}
-
-/// Sums over the lanes up to this one's.
-__device__ __forceinline__ uint32_t sum_to_lane(uint32_t own) {
-  for (int by = 1; by < 32; by *= 2) {
-    const uint32_t before = __shfl_up_sync(0xFFFFFFFFu, own, by);
-    if (threadIdx.x % 32 >= by) own += before;
-  }
-  return own;
-}
-
 /// Fills in the table of a block to which tiles are dealt, from its groups. All lanes of a warp.
 template <int Weights>
 __device__ __forceinline__ void deal(const Problem &p, bool step_scales, Table &table) {
@@ -190,7 +112,7 @@ __device__ __forceinline__ void deal(const Problem &p, bool step_scales, Table &
   if (p.direct)
     for (int32_t first = 0; first < p.groups; first += 32) {
       const int32_t segment = first + lane, own = segment < p.groups ? (table.groups[segment].count + 7) / 8 * 8 : 0;
-      const int32_t sum = rows + static_cast<int32_t>(sum_to_lane(own));
+      const int32_t sum = rows + sum_to_lane(own);
       if (segment < p.groups) table.before[segment] = sum - own;
       rows = __shfl_sync(0xFFFFFFFFu, sum, 31);
     }
@@ -280,20 +202,21 @@ __device__ __forceinline__ void deal(const Problem &p, bool step_scales, Table &
 }
 
 /// Items of a block, which all of its threads go through together. Those of its couple's share, where tiles are dealt: in order of matrices, and
-/// tiles of rows or blocks of columns. Else every so many, in order of blocks of columns and tiles of rows, which in segments are cut whether there
-/// are rows or not; every block of a cluster takes the same rows.
+/// tiles of rows or blocks of columns. Else the one that its cluster is there for, in order of blocks of columns and tiles of rows, which in segments
+/// are cut whether there are rows or not; every block of a cluster takes the same rows.
 template <int Weights>
 class Items {
   const Problem &p;
   Table &table;
-  uint32_t number = UINT32_MAX, count;
+  const uint32_t count;
+  uint32_t number = UINT32_MAX;
 
   __device__ __forceinline__ Item item_of(int32_t matrix, int32_t tile, const Group &g, int32_t from, int32_t most) const {
     const int32_t rows = max(min(most, g.count - from), 0);
     return {matrix, tile, g.base + from, g.base + from + rows, max((rows + block_rows - 1) / block_rows, 1), row_size(size_index(rows)), 0, p.steps};
   }
-  __device__ __forceinline__ Item known(uint32_t n) const {
-    const int32_t index = cluster_of_block() + n * clusters(), rank = block_of_cluster(), part = rank / p.together, row_tiles = p.groups * p.row_tiles;
+  __device__ __forceinline__ Item known() const {
+    const int32_t index = cluster_of_block(), rank = block_of_cluster(), part = rank / p.together, row_tiles = p.groups * p.row_tiles;
     const int32_t tile = index / row_tiles * p.together + rank % p.together, r = index % row_tiles;
     Item own = item_of(0, tile, table.groups[r / p.row_tiles], r % p.row_tiles * p.blocks * block_rows, p.blocks * block_rows);
     own.first = p.steps * part / p.parts, own.last = p.steps * (part + 1) / p.parts;
@@ -323,29 +246,23 @@ class Items {
   }
 
  public:
-  __device__ __forceinline__ Items(const Problem &of, Table &in) : p(of), table(in) {
-    const uint32_t every = clusters(), own = cluster_of_block(), all = (p.tiles + p.together - 1) / p.together * p.groups * p.row_tiles;
-    count = p.dealt ? table.share.count() : all > own ? (all - own + every - 1) / every : 0;
-  }
+  __device__ __forceinline__ Items(const Problem &of, Table &in) : p(of), table(in), count(of.dealt ? in.share.count() : 1) {}
   /// Puts the next items of the block into the table. All lanes of a warp.
   static __device__ __forceinline__ void list(const Problem &p, Table &table, uint32_t from) {
     const Items items(p, table);
     const uint32_t own = from + threadIdx.x % 32;
-    if (own < items.count) table.items[threadIdx.x % 32] = p.dealt ? items.dealt(own) : items.known(own);
+    if (own < items.count) table.items[threadIdx.x % 32] = p.dealt ? items.dealt(own) : items.known();
   }
   /// Goes on to the next one, or says that there is none.
   __device__ __forceinline__ bool next() {
     __syncwarp();
-    for (;;) {
-      if (++number >= count) return false;
-      if (number > 0 && number % listed_items == 0) {
-        __syncthreads();
-        if (threadIdx.x < 32) list(p, table, number);
-        __syncthreads();
-      }
-      const Item &own = item();
-      if (p.dealt || number == 0 || own.row < own.end) return true; // what is brought for the first one is on its way already
+    if (++number >= count) return false;
+    if (number > 0 && number % listed_items == 0) {
+      __syncthreads();
+      if (threadIdx.x < 32) list(p, table, number);
+      __syncthreads();
     }
+    return true;
   }
   __device__ __forceinline__ const Item &item() const { return table.items[number % listed_items]; }
 };

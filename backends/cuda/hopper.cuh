@@ -128,11 +128,12 @@ __device__ __forceinline__ uint32_t clusters() {
   return count;
 }
 /// All threads of all blocks of the cluster meet; what they wrote to each other's shared memory before is seen after.
-__device__ __forceinline__ void arrive_in_cluster() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
-__device__ __forceinline__ void wait_for_cluster() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
-/// Arrives without a word on what was written, but for barriers that were published.
+__device__ __forceinline__ void meet_cluster() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+/// The same in two halves, of which the first tells nothing of what was written but barriers that were published.
 __device__ __forceinline__ void arrive_with_barriers() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
-__device__ __forceinline__ void meet_cluster() { arrive_in_cluster(), wait_for_cluster(); }
+__device__ __forceinline__ void wait_for_cluster() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 /// The address in a block of the cluster of what this block has at `address`.
 __device__ __forceinline__ uint32_t address_in(uint32_t block, uint32_t address) {
   uint32_t there;
@@ -159,6 +160,16 @@ __device__ __forceinline__ void pin(float &x) { asm volatile("" : "+f"(x)::"memo
 
 /// A value that all lanes of the warp have, which the compiler then knows.
 __device__ __forceinline__ uint32_t uniform(uint32_t value) { return __shfl_sync(0xFFFFFFFFu, value, 0); }
+
+/// A value of another lane.
+template <class T>
+__device__ __forceinline__ T from_lane(const T &own, int lane) {
+  static_assert(sizeof(T) % 4 == 0);
+  struct Words { uint32_t at[sizeof(T) / 4]; } words = reinterpret_cast<const Words &>(own);
+#pragma unroll
+  for (uint32_t &word : words.at) word = __shfl_sync(0xFFFFFFFFu, word, lane);
+  return reinterpret_cast<const T &>(words);
+}
 
 enum class Swizzle : uint32_t { none = 0, b128 = 1, b64 = 2, b32 = 3 };
 /// Matrix descriptor of shared memory at an address; offsets in bytes (leading: between columns of core matrices, stride: between groups of 8 rows).

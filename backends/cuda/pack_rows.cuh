@@ -57,17 +57,23 @@ __device__ __forceinline__ void put_piece(const Packed &to, int64_t row, int64_t
   *reinterpret_cast<uint4 *>(to.lines + ((i >> 3) * to.places + row) * 128 + ((i ^ row) & 7) * 16) = piece;
 }
 
+/// The sum over the lanes up to this one's.
+__device__ __forceinline__ int32_t sum_to_lane(int32_t own) {
+  const uint32_t lane = threadIdx.x % 32;
+  for (int by = 1; by < 32; by *= 2) {
+    const int32_t before = __shfl_up_sync(0xFFFFFFFFu, own, by);
+    if (lane >= by) own += before;
+  }
+  return own;
+}
+
 /// The place of the l-th row that is there, or -1; `seen` becomes the number of rows there when there are no more than l. All lanes of a warp.
 __device__ __forceinline__ int64_t place_of(const Rows &rows, int64_t l, int64_t &seen) {
   const uint32_t lane = threadIdx.x % 32;
   seen = 0;
   for (uint32_t segment = 0; segment < rows.segments; segment += 32) {
     const int32_t own = segment + lane < rows.segments ? static_cast<int32_t>(rows.size(segment + lane)) : 0;
-    int32_t sum = own;
-    for (int by = 1; by < 32; by *= 2) {
-      const int32_t before = __shfl_up_sync(0xFFFFFFFFu, sum, by);
-      if (lane >= by) sum += before;
-    }
+    const int32_t sum = sum_to_lane(own);
     const uint32_t holders = __ballot_sync(0xFFFFFFFFu, seen + sum > l);
     if (holders != 0) {
       const int at = __ffs(holders) - 1;
@@ -152,18 +158,14 @@ __global__ void __launch_bounds__(pack_threads) pack_chosen(Packing from, Rows r
 #pragma unroll
     for (int n = 0; n < ids_at_once; ++n) {
       const int64_t at = base + n * pack_threads + threadIdx.x;
-      ids[n] = at < end ? choice.ids[at] : INT32_MIN;
+      ids[n] = at < end ? choice.ids[at] : 0;
     }
     uint32_t some = 0;
 #pragma unroll
     for (int n = 0; n < ids_at_once; ++n)
-      if (matrix_of(ids[n] != INT32_MIN, ids[n]) >= 0) some |= 1u << n;
+      if (matrix_of(base + n * pack_threads + threadIdx.x < end, ids[n]) >= 0) some |= 1u << n;
     __syncthreads();
-    int32_t place = __popc(some);
-    for (int by = 1; by < 32; by *= 2) {
-      const int32_t before = __shfl_up_sync(0xFFFFFFFFu, place, by);
-      if (lane >= by) place += before;
-    }
+    int32_t place = sum_to_lane(__popc(some));
     int32_t first = 0;
     if (lane == 31) first = atomicAdd(&listed, place);
     place += __shfl_sync(0xFFFFFFFFu, first, 31) - __popc(some);
@@ -181,16 +183,11 @@ __global__ void __launch_bounds__(pack_threads) pack_chosen(Packing from, Rows r
     }
     __syncthreads();
   }
-  __syncthreads();
   if (threadIdx.x < 32) {
     int32_t base = 0;
     for (int32_t first = 0; first <= none; first += 32) {
       const int32_t matrix = first + static_cast<int32_t>(lane), count = matrix <= none ? total[matrix] : 0, room = (count + 7) / 8 * 8;
-      int32_t sum = room;
-      for (int by = 1; by < 32; by *= 2) {
-        const int32_t before = __shfl_up_sync(0xFFFFFFFFu, sum, by);
-        if (lane >= by) sum += before;
-      }
+      const int32_t sum = sum_to_lane(room);
       const int32_t start = base + sum - room;
       if (matrix <= none) {
         next[matrix] += start;

@@ -4,7 +4,7 @@
     python3 ffn.py RESULTS
 
 T: rows of all attention ranks together. The floor of a launch is the larger of its bytes at the read bandwidth and its flops at the peak of products
-of its type, the best of either that step3-bench measured in these runs. Ranks of an expert split have the experts that were drawn for them.
+of its type, the best of either that step3-bench measured in these runs.
 """
 import glob
 import json
@@ -32,14 +32,14 @@ def main(folder):
         for path in glob.glob(f"{folder}/{split}-*.json"):
             with open(path) as f:
                 report = json.load(f)
-            if report["role"] == "ffn":
-                reports[report["rows"] * report["senders"]] = report
+            reports[report["rows"] * report["senders"]] = report
         if not reports:
+            print(f"{split}: nothing was measured\n")
             continue
         read = max(r["ceilings"]["read"] for r in reports.values())
         peak = {unit: max(r["ceilings"].get(unit, 0) for r in reports.values()) for unit in ("bf16", "fp8", "int8")}
         print(f"{split}: reads {read / 1e9:.0f} GB/s, products fp8 {peak['fp8'] / 1e12:.0f} TFLOP/s; us and % of the floor")
-        names = [k["name"] for k in next(iter(reports.values()))["kernels"] if re.search("linear", costs[k["name"]]["about"])]
+        names = [k["name"] for k in next(iter(reports.values()))["kernels"] if "linear" in costs[k["name"]]["about"]]
         columns = [f"{'grouped ' if 'grouped' in costs[n]['about'] else ''}{weights_of(costs[n]['about'])}" for n in names]
         print(f"{'T':>6}" + "".join(f"{c:>30}" for c in columns))
         for tokens, report in sorted(reports.items()):
@@ -48,10 +48,12 @@ def main(folder):
                 load = next(k for k in report["kernels"] if k["name"] == name)["full"]
                 cost, us = costs[name], load["time"]["median"] / 1000
                 floor = max(work(cost["bytes"], load) / read, work(cost["flops"], load) / (peak.get(cost["unit"]) or float("inf"))) * 1e6
-                line += f"{us:>21.1f} {100 * floor / us:>5.0f} %" + " "
+                line += f"{us:>21.1f} {100 * floor / us:>5.0f} % "
             print(line)
         print()
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: ffn.py RESULTS, a folder with SPLIT-T.json and SPLIT.costs.json; run.sh makes it")
     main(sys.argv[1])

@@ -49,7 +49,7 @@ for precision in $precisions; do
   echo "measured in $ours s and $((SECONDS - ours)) s"
 done
 if [ -n "$splits" ]; then
-  for split in $splits; do
+  for split in $splits; do # as many attention ranks as its name says
     cp "ffn/$split/costs.json" "$results/ffn/$split.costs.json"
     for tokens in 64 128 256 512 1024 2048 4096; do
       time_side ffn "$split" $((tokens / ${split//[^0-9]/})) "$results/ffn/$split-$tokens.json"
