@@ -42,18 +42,73 @@ export interface Contraction {
   readonly outputs: readonly Value[];
 }
 
-/** The quantisation that a body ends in. */
-const quantisedOf = (body: Graph): Quantised | undefined => {
+/** The quantisation that results of a body end in. */
+const quantisedOf = (body: Graph, outputs: readonly Value[]): Quantised | undefined => {
   const makers = producersOf(body);
-  const codes = body.outputs.find((v) => dtypeOf(v) === "e4m3");
+  const codes = outputs.find((v) => dtypeOf(v) === "e4m3");
   if (codes === undefined) return undefined;
-  for (const scales of body.outputs.filter((v) => dtypeOf(v) === "f32"))
+  for (const scales of outputs.filter((v) => dtypeOf(v) === "f32"))
     for (const dtype of ["bf16", "f16", "f32"] as const) {
       const type: TensorType = { kind: "tensor", dtype, shape: shapeOf(codes) };
       const from = recognise(makers, [codes, scales], "quantise", [type], { to: "e4m3", group: quantisedColumns })?.[0];
       if (from !== undefined) return { from, codes, scales };
     }
   return undefined;
+};
+
+/** Whether an op needs all of what it reads, not the elements beside its own. */
+const needsAll = (o: Op): boolean => o.kind in operandNames || o.kind === "combine";
+
+/**
+ * The ops of a body in groups, each of which makes its results without those of the others being complete before; in the order of their first ops.
+ * Constants are in none.
+ */
+const together = (body: Graph): readonly (readonly Op[])[] => {
+  const makers = producersOf(body);
+  const groupOf = new Map<Op, Op[]>();
+  for (const op of body.ops.filter((o) => o.kind !== "const")) {
+    const before = needsAll(op) ? [] : op.inputs.flatMap((v) => makers.get(v.name) ?? []);
+    const group = [...new Set(before.flatMap((o) => groupOf.get(o) ?? [])), op];
+    for (const o of group) groupOf.set(o, group);
+  }
+  const at = (group: readonly Op[]): number => Math.min(...group.map((o) => body.ops.indexOf(o)));
+  return [...new Set(groupOf.values())].sort((x, y) => at(x) - at(y));
+};
+
+/**
+ * A body of contractions that need each other's results, as bodies to be done one after the other: each needs what those before it give, and nothing
+ * else that is not an input. Undefined when there is only one. Values keep their names.
+ */
+export const stagesOf = (body: Graph): readonly Graph[] | undefined => {
+  const makers = producersOf(body);
+  const groups = together(body);
+  const groupOf = new Map(groups.flatMap((group) => group.map((o) => [o, group] as const)));
+  const depths = new Map<readonly Op[], number>();
+  const depthOf = (group: readonly Op[]): number => {
+    const known = depths.get(group);
+    if (known !== undefined) return known;
+    const before = group.flatMap((o) => o.inputs).map((v) => groupOf.get(makers.get(v.name) as Op) ?? group);
+    const depth = Math.max(0, ...before.filter((other) => other !== group).map((other) => 1 + depthOf(other)));
+    depths.set(group, depth);
+    return depth;
+  };
+  const count = 1 + Math.max(...groups.map(depthOf));
+  if (count === 1) return undefined;
+  const results = new Set(body.outputs.map((v) => v.name));
+  return Array.from({ length: count }, (_, depth): Graph => {
+    const own = new Set(groups.filter((group) => depthOf(group) === depth).flat());
+    const read = new Set([...own].flatMap((o) => o.inputs.map((v) => v.name)));
+    const ops = body.ops.filter((o) => own.has(o) || (o.kind === "const" && read.has((o.outputs[0] as Value).name)));
+    const made = new Set(ops.flatMap((o) => o.outputs.map((v) => v.name)));
+    const used = new Set(body.ops.filter((o) => !ops.includes(o)).flatMap((o) => o.inputs.map((v) => v.name)));
+    const unique = (values: readonly Value[]): readonly Value[] => [...new Map(values.map((v) => [v.name, v])).values()];
+    return {
+      ...body,
+      inputs: unique(ops.flatMap((o) => o.inputs).filter((v) => !made.has(v.name))),
+      ops,
+      outputs: ops.flatMap((o) => o.outputs).filter((v) => used.has(v.name) || results.has(v.name)),
+    };
+  });
 };
 
 /** An op seen as one contraction and what follows it; undefined where it is none, or several. */
@@ -63,22 +118,21 @@ export const contractionOf = (op: Op): Contraction | undefined => {
 };
 
 /**
- * An op seen as contractions, each with what follows it, or as one whose result meets a partner's in every result. Undefined where a result is of
- * none of them, and where several have something other than elementwise ops behind them.
+ * An op seen as contractions, each with what follows it, or with a partner whose result meets its own in every result. Undefined where a result is of
+ * none of them, and where contractions need each other's results.
  */
 export const contractionsOf = (op: Op): readonly Contraction[] | undefined => {
-  const alone = { partner: undefined, rest: [], combines: [], quantised: undefined };
-  if (op.kind in operandNames) return [{ contraction: op, ...alone, inputs: op.inputs, outputs: op.outputs }];
+  if (op.kind in operandNames) {
+    const alone = { partner: undefined, rest: [], combines: [], quantised: undefined };
+    return [{ contraction: op, ...alone, inputs: op.inputs, outputs: op.outputs }];
+  }
   const { body } = op;
   if (op.kind !== "fused" || body === undefined) return undefined;
-  const found = quantisedOf(body);
   const given = new Set(body.inputs.map((v) => v.name));
-  const ofInputs = (o: Op): boolean => o.inputs.every((v) => given.has(v.name));
-  const contracts = (o: Op): boolean => o.kind in operandNames && ofInputs(o);
-  const combines = (o: Op): boolean => o.kind === "combine" && ofInputs(o);
-  const elementwise = (o: Op): boolean => knowledge(o.kind).scalar !== undefined || o.kind === "const";
-  const isQuantised = (v: Value): boolean => v.name === found?.codes.name || v.name === found?.scales.name;
+  if (!body.ops.filter(needsAll).every((o) => o.inputs.every((v) => given.has(v.name)))) return undefined;
   const makers = producersOf(body);
+  const elementwise = (o: Op): boolean => knowledge(o.kind).scalar !== undefined || o.kind === "const";
+  /** ops that a value is made of */
   const opsOf = (v: Value): ReadonlySet<Op> => {
     const ops = new Set<Op>();
     const add = (value: Value): void => {
@@ -90,40 +144,29 @@ export const contractionsOf = (op: Op): readonly Contraction[] | undefined => {
     add(v);
     return ops;
   };
-  const needs = new Map(body.outputs.map((v) => [v, opsOf(isQuantised(v) && found ? found.from : v)]));
-  const used = new Set([...needs.values()].flatMap((ops) => [...ops]));
-  if (![...used].every((o) => elementwise(o) || contracts(o) || combines(o))) return undefined;
-  const [first, second, ...more] = body.ops.filter(contracts);
-  const met = [...needs.values()].map((ops) => [...ops].filter(contracts).length);
-  if (first !== undefined && second !== undefined && more.length === 0 && met.every((n) => n === 2))
-    return [
-      {
-        contraction: first,
-        partner: second,
-        rest: body.ops.filter((o) => used.has(o) && elementwise(o)),
-        combines: body.ops.filter((o) => used.has(o) && combines(o)),
-        quantised: found,
-        inputs: body.inputs,
-        outputs: body.outputs,
-      },
-    ];
-  if (met.some((n) => n !== 1)) return undefined;
-  const contractions = body.ops.filter(contracts).map((contraction): Contraction => {
-    const outputs = body.outputs.filter((v) => needs.get(v)?.has(contraction));
-    const ops = body.ops.filter((o) => outputs.some((v) => needs.get(v)?.has(o)));
-    const quantised = outputs.some(isQuantised) ? found : undefined;
-    return {
+  const found: Contraction[] = [];
+  for (const group of together(body)) {
+    const outputs = body.outputs.filter((v) => group.includes(makers.get(v.name) as Op));
+    if (outputs.length === 0) continue; // what nobody uses
+    const quantised = quantisedOf(body, outputs);
+    const isQuantised = (v: Value): boolean => v.name === quantised?.codes.name || v.name === quantised?.scales.name;
+    const needs = outputs.map((v) => opsOf(isQuantised(v) && quantised ? quantised.from : v));
+    const used = new Set(needs.flatMap((ops) => [...ops]));
+    if (![...used].every((o) => elementwise(o) || needsAll(o))) return undefined;
+    const [contraction, partner, ...more] = group.filter((o) => o.kind in operandNames);
+    if (contraction === undefined || more.length > 0) return undefined;
+    if (!needs.every((ops) => ops.has(contraction) && (partner === undefined || ops.has(partner)))) return undefined;
+    found.push({
       contraction,
-      partner: undefined,
-      rest: ops.filter(elementwise),
-      combines: ops.filter(combines),
+      partner,
+      rest: body.ops.filter((o) => used.has(o) && elementwise(o)),
+      combines: body.ops.filter((o) => used.has(o) && o.kind === "combine"),
       quantised,
       inputs: body.inputs,
       outputs,
-    };
-  });
-  const plain = contractions.every((w) => w.combines.length === 0 && w.quantised === undefined);
-  return contractions.every((w) => w.outputs.length > 0) && (contractions.length === 1 || plain) ? contractions : undefined;
+    });
+  }
+  return found.length > 0 && found.flatMap((w) => w.outputs).length === body.outputs.length ? found : undefined;
 };
 
 /** What is multiplied: operands by name, and sizes. */

@@ -104,25 +104,27 @@ const costOf = (op: Op, graph: Graph): Omit<KernelCost, "about"> => {
   const [product] = products;
   const unit = unitOf(product, op);
   const [combine] = partsOf(op, ({ kind }) => kind === "combine");
-  if (product?.op.kind.endsWith("grouped_linear")) {
+  const choosing = products.filter((one) => one.op.kind.endsWith("grouped_linear"));
+  const [chooses] = choosing;
+  if (chooses !== undefined) {
     // weights are read of the experts that were chosen, and products made of the choices that are this rank's
-    const typeOf = (name: string): TensorType => types[product.index(name)] as TensorType;
+    const typeOf = (name: string): TensorType => types[chooses.index(name)] as TensorType;
     const [w, ids] = [typeOf("w"), typeOf("ids")];
     const [count] = w.shape as readonly [number, number, number];
     let [expert, pair] = [0, 0];
-    for (const one of products) {
+    for (const one of choosing) {
       const [, columns, inner] = (types[one.index("w")] as TensorType).shape as readonly [number, number, number];
       pair += 2 * columns * inner;
       for (const at of [one.index("w"), one.index("ws")])
         if (at >= 0) expert += expertBytes(types[at] as TensorType, 1, new Map());
     }
     const choices = ids.shape[1] as number;
-    const pairBytes = product.op.attrs.owned === true ? bytesOfPair([...op.inputs, ...op.outputs], ids) : 0;
+    const pairBytes = chooses.op.attrs.owned === true ? bytesOfPair([...op.inputs, ...op.outputs], ids) : 0;
     return {
       unit,
       flops: { ...flops, row: flops.row - pair * choices, pair },
       bytes: { ...bytes, base: bytes.base - expert * count, row: bytes.row - pairBytes * choices, expert, pair: pairBytes },
-      experts: { argument: product.index("ids"), first: (product.op.attrs.first as number | undefined) ?? 0, count },
+      experts: { argument: chooses.index("ids"), first: (chooses.op.attrs.first as number | undefined) ?? 0, count },
     };
   }
   if (combine !== undefined && typeof combine.op.attrs.count === "number") {

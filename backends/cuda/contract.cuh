@@ -136,6 +136,20 @@ struct ChosenPairs {
     }
   }
 };
+/// Brings what `add_pairs` will read of a token's pairs into the cache of the processor: columns `column` .. column + 127 of those that there are.
+template <int Choices>
+__device__ __forceinline__ void prefetch_pairs(const float *y, int64_t columns, const int32_t *ids, int32_t first, int32_t end, int32_t token, int64_t column) {
+  constexpr int in_line = 32;
+#pragma unroll
+  for (int j = 0; j < Choices; ++j) {
+    const int64_t pair = int64_t{token} * Choices + j;
+    const int32_t expert = ids[pair];
+    if (expert < first || expert >= end) continue;
+#pragma unroll
+    for (int line = 0; line < 4; ++line)
+      if (column + in_line * line < columns) asm volatile("prefetch.global.L1 [%0];" ::"l"(y + pair * columns + column + in_line * line));
+  }
+}
 /// Fours of columns that are dealt with together are so many columns from each other. `count`: columns that are left from the first one on.
 constexpr int apart_of_fours = 16;
 __device__ __forceinline__ int count_of_four(int count, int four) { return count - apart_of_fours * four; }

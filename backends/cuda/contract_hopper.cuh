@@ -10,317 +10,128 @@
 #pragma once
 #include <algorithm>
 
-#include "multiply_hopper.cuh"
+#include "bring_hopper.cuh"
 
 namespace s3::hopper {
 
 constexpr uint32_t most_cluster = 8; // blocks: the most that every GPU with clusters has
 
-/// 64s of rows of a tile: sums by two weights leave registers for half as many.
-template <class Finish>
-constexpr int32_t most_of = Finish::pairs ? most_blocks / 2 : most_blocks;
+constexpr int contract_threads = 384, bringing_registers = 72, multiplying_registers = 216;
 
-constexpr int contract_threads = 384;
-
-/// Rows that a lane of the warps that bring scales has: 4 lane .. 4 lane + 3 of the first 128 of an item and of the next. Where they lie, and how many
-/// there are of them.
-struct ScaledRows {
-  int32_t at[2], count[2];
-
-  /// of the rows from `row` to `end`, which lie so
-  __device__ __forceinline__ ScaledRows(int32_t row, int32_t end) {
-#pragma unroll
-    for (int f = 0; f < 2; ++f) at[f] = row + 128 * f + 4 * (threadIdx.x % 32), count[f] = end - at[f];
+/// The ring in dynamic shared memory.
+__device__ __forceinline__ uint8_t *ring_in(uint8_t *memory) { return memory + (1024 - shared_address(memory) % 1024) % 1024; }
+/// So many of both kinds, by as many threads of the first warps.
+template <class O>
+__device__ __forceinline__ void init_barriers(Barrier *full, Barrier *empty, uint32_t count, uint32_t together) {
+  if (threadIdx.x >= count) return;
+  full[threadIdx.x].init(O::step_scales ? 3 : 2); // lines of weights, lines of rows, scales
+  empty[threadIdx.x].init(8 * together);          // warps that add up
+  publish_barriers();
+}
+/// By threads from number 0 on.
+__device__ __forceinline__ void prefetch_maps(const Problem &p, uint32_t thread) {
+  if (thread < static_cast<uint32_t>(p.weights)) prefetch_map(&p.w[thread].lines);
+  else if (thread - 32 < row_sizes) prefetch_map(&p.x[thread - 32]);
+}
+/// Rows of each matrix and of none, or of each segment, by thread `thread` of so many.
+__device__ __forceinline__ void fetch_groups(const Problem &p, Group *groups, int thread, int threads) {
+#pragma unroll 1
+  for (int i = thread; i < p.groups + !p.direct; i += threads) {
+    if (p.direct) groups[i] = {i * p.distance, p.heads == nullptr ? p.heads_rows : static_cast<int32_t>(p.heads[i].rows) * p.heads_rows};
+    else groups[i] = p.packed.groups[i];
   }
-  __device__ __forceinline__ ScaledRows(const Problem &p, const Table &table, const Item &item) : ScaledRows(item.row, item.end) {
-    if (p.direct && p.dealt)
-#pragma unroll
-      for (int f = 0; f < 2; ++f) {
-        if (count[f] <= 0) continue;
-        const int32_t segment = table.segment_of(p.groups, at[f]), place = at[f] - table.before[segment];
-        at[f] = table.groups[segment].base + place, count[f] = table.groups[segment].count - place;
-      }
-  }
-};
-
-/// What one of the warps that bring scales has of two steps: those of eight rows a lane.
-template <int Weights>
-struct Scales {
-  float x[2][2][4], w[Weights][2]; // x[.][step][row]
-
-  /// Of steps 2 pair and 2 pair + 1; `ws`: of the block of columns.
-  __device__ __forceinline__ void load(const Problem &p, const float *const (&ws)[Weights], int32_t pair, const ScaledRows &rows) {
-    const int32_t step = 2 * pair;
-    if (step >= p.steps) return;
-    const bool both = step + 1 < p.steps;
-#pragma unroll
-    for (int n = 0; n < Weights; ++n) {
-      w[n][0] = ws[n][step];
-      if (both) w[n][1] = ws[n][step + 1];
-    }
-#pragma unroll
-    for (int f = 0; f < 2; ++f) {
-      if (rows.count[f] <= 0) continue;
-      if (p.direct) {
-        const float *const xs = p.xs + int64_t{rows.at[f]} * p.steps + step;
-#pragma unroll
-        for (int r = 0; r < 4; ++r) {
-          if (r >= rows.count[f]) continue;
-          if (p.steps % 2 == 0) {
-            const float2 two = *reinterpret_cast<const float2 *>(xs + r * p.steps);
-            x[f][0][r] = two.x, x[f][1][r] = two.y;
-          } else {
-            x[f][0][r] = xs[r * p.steps];
-            if (both) x[f][1][r] = xs[r * p.steps + 1];
-          }
-        }
-      } else {
-        const float *const xs = p.packed.scales + int64_t{step} * p.packed.places + rows.at[f];
-#pragma unroll
-        for (int k = 0; k < 2; ++k)
-          if (k == 0 || both) {
-            const float4 four = *reinterpret_cast<const float4 *>(xs + k * p.packed.places);
-            x[f][k][0] = four.x, x[f][k][1] = four.y, x[f][k][2] = four.z, x[f][k][3] = four.w;
-          }
-      }
-    }
-  }
-  /// Those of step k of the two, to `to` and for each further weight `apart` behind.
-  __device__ __forceinline__ void store(float *to, uint32_t apart, int k, int32_t rows) const {
-#pragma unroll
-    for (int f = 0; f < 2; ++f) {
-      const int from = 128 * f + 4 * (threadIdx.x % 32);
-      if (from >= rows) continue;
-#pragma unroll
-      for (int n = 0; n < Weights; ++n)
-        *reinterpret_cast<float4 *>(to + n * apart + from) = {x[f][k][0] * w[n][k], x[f][k][1] * w[n][k], x[f][k][2] * w[n][k], x[f][k][3] * w[n][k]};
-    }
-    __syncwarp();
-  }
-};
-
-/// Rows of an item that are brought at once: the first of them in the item and in memory, and which of the sizes.
-struct Box {
-  int32_t to, row;
-  int size;
-};
-/// A lane's box of an item's rows, which lie in segments, and how many boxes there are: one for each lane at most, since segments take whole eights.
-__device__ __forceinline__ int cut_boxes(const Problem &p, const Table &table, const Item &item, Box &own) {
-  const int32_t room = item.blocks * block_rows;
-  int32_t segment = table.segment_of(p.groups, item.row);
-  int count = 0;
-  for (int32_t row = item.row; row < item.end; ++count) {
-    while (segment + 1 < p.groups && table.before[segment + 1] <= row) ++segment;
-    const int32_t stop = segment + 1 < p.groups ? min(table.before[segment + 1], item.end) : item.end, to = row - item.row;
-    int size = size_index(stop - row);
-    if (row_size(size) > stop - row && (stop < item.end || to + row_size(size) > room)) --size; // more would be over others
-    if (count == threadIdx.x % 32) own = {to, table.groups[segment].base + row - table.before[segment], size};
-    row += row_size(size);
-  }
-  return count;
 }
 
 template <class O, class Finish>
-__global__ void __launch_bounds__(contract_threads, 1) contract_kernel(const __grid_constant__ Problem p, const __grid_constant__ Finish finish) {
+__global__ void __launch_bounds__(contract_threads, 1) contract_kernel(const __grid_constant__ Work<1> work, const __grid_constant__ Finish finish) {
   extern __shared__ uint8_t shared_memory[];
-  constexpr int weights = Finish::pairs ? 2 : 1, most = most_of<Finish>; // of a tile
+  constexpr int weights = Finish::pairs ? 2 : 1; // of a tile
+  using Looked = Table<most_matrices, 1>;
   __shared__ Barrier full[most_stages], empty[most_stages];
-  __shared__ Table table;
+  __shared__ Looked table;
   __shared__ uint32_t maxima[4 * 2 * 16];
-  uint8_t *const ring = shared_memory + (1024 - shared_address(shared_memory) % 1024) % 1024;
+  static_assert(sizeof full + sizeof empty + sizeof table + sizeof maxima <= beside_ring);
+  uint8_t *const ring = ring_in(shared_memory);
+  const Problem &p = work.of[0];
 
   const bool clustered = p.together * p.parts > 1;
-  const uint32_t rank = block_of_cluster(), part = rank / p.together, of_couple = rank % p.together;
-  RingSize size = RingSize::of(p.blocks, O::step_scales, weights);
+  const uint32_t part = block_of_cluster() / p.together;
+  Bringer<O, weights, 1, Looked> bringer(work, table, ring, RingSize::of(p.blocks, O::step_scales, weights), full, empty);
   let_successor_start();
-  const auto tile_of = [&](int32_t tile) { return min(tile, p.tiles - 1); };
-  const auto weight_of = [&](int32_t tile) { return weights > 1 ? 0 : p.weight_of(tile); };
-  // What both of a couple need, they bring in turns.
-  const auto in_turn = [&](int32_t step) { return static_cast<uint32_t>(step) % 2 == of_couple; };
-  const auto bring = [&](uint8_t *to, const CUtensorMap *map, int32_t x, int32_t y, bool common, uint32_t stage, uint64_t hint) {
-    if (common) tensor_copy_to(static_cast<uint16_t>(3 << (rank - of_couple)), to, map, x, y, full[stage], hint);
-    else tensor_copy(to, map, x, y, full[stage], hint);
-  };
-  const auto bring_weights = [&](int32_t matrix, int32_t tile, bool alone, bool common, int32_t step, uint32_t stage) {
-    full[stage].expect(weights * tile_bytes);
-    if (common && !in_turn(step)) return;
-#pragma unroll
-    for (int n = 0; n < weights; ++n) {
-      const Weight &w = p.w[weight_of(tile) + n];
-      bring(ring + stage * size.stage_bytes + n * tile_bytes, &w.lines, 0, ((matrix * w.tiles + tile - w.first) * p.steps + step) * tile_columns, common, stage, alone ? read_once : read_again);
-    }
-  };
-  const auto bring_rows = [&](const Box &box, bool common, int32_t step, uint32_t stage) {
-    if (common && !in_turn(step)) return;
-    const int32_t x = p.direct ? step * line_bytes : 0, y = p.direct ? box.row : static_cast<int32_t>(step * p.packed.places) + box.row;
-    bring(ring + stage * size.stage_bytes + weights * tile_bytes + box.to * line_bytes, &p.x[box.size], x, y, common, stage, read_often);
-  };
-  const auto scales_of = [&](int32_t matrix, int32_t tile, const float *(&ws)[weights]) {
-#pragma unroll
-    for (int n = 0; n < weights; ++n) {
-      const Weight &w = p.w[weight_of(tile) + n];
-      ws[n] = w.scales + int64_t{matrix * w.tiles + tile - w.first} * p.steps;
-    }
-  };
-  if (threadIdx.x == 0) {
-    for (uint32_t i = 0; i < most_stages; ++i) {
-      full[i].init(O::step_scales ? 3 : 2); // lines of weights, lines of rows, scales
-      empty[i].init(8 * p.together);        // warps that add up
-    }
-    publish_barriers();
-    table.ring = size;
-  }
+  init_barriers<O>(full, empty, most_stages, p.together);
+  if (threadIdx.x == 32) table.begin(work, weights, O::step_scales, bringer.size);
   if (clustered) arrive_with_barriers();
   __syncthreads();
-  if (threadIdx.x >= 64 && threadIdx.x < 64 + row_sizes) prefetch_map(&p.x[threadIdx.x - 64]);
-  if (threadIdx.x >= 32 && threadIdx.x < 32 + p.weights) prefetch_map(&p.w[threadIdx.x - 32].lines);
+  prefetch_maps(p, threadIdx.x - 32);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const bool brings_weights = threadIdx.x == 0, brings_scales = O::step_scales && (warp == 1 || warp == 2), brings_rows = warp == 3;
   // Where the only item is known before anything of rows is: weights are brought before the predecessor has ended, and as many rows as there may be
   // before it is known how many there are.
-  const int32_t row_tiles = p.groups * p.row_tiles, item_rows = p.blocks * block_rows, known = cluster_of_block();
-  const int32_t first = p.steps * part / p.parts, last = p.steps * (part + 1) / p.parts;
-  const int32_t ahead = p.dealt ? 0 : min(last - first, static_cast<int32_t>(size.stages));
-  int32_t turn = warp - 1; // of a warp that brings scales: pairs of steps of the other before its next one
-  Scales<weights> own;
-  const float *ws[weights];
   if (!p.dealt) {
-    const int32_t tile = tile_of(known / row_tiles * p.together + of_couple), place = known % row_tiles;
+    const int32_t row_tiles = p.groups * p.row_tiles, item_rows = p.blocks * block_rows, known = cluster_of_block();
+    const int32_t first = p.steps * part / p.parts, last = p.steps * (part + 1) / p.parts;
+    const int32_t ahead = min(last - first, static_cast<int32_t>(bringer.size.stages));
+    const int32_t tile = bringer.tile_of(p, known / row_tiles * p.together + bringer.of_couple), place = known % row_tiles;
     const int32_t row = place / p.row_tiles * p.distance + place % p.row_tiles * item_rows;
-    if (brings_weights)
-      for (int32_t i = 0; i < ahead; ++i) bring_weights(0, tile, row_tiles == 1, false, first + i, i);
+    bringer.ahead = ahead, bringer.loaded = true;
+    if (bringer.weights_thread())
+      for (int32_t i = 0; i < ahead; ++i) bringer.bring_weights(p, 0, tile, row_tiles == 1, false, first + i, i);
     __syncwarp();
     if (clustered) wait_for_cluster(); // the barriers of others can be used
-    if (brings_rows && lane == 0) {
+    if (threadIdx.x < 128 && bringer.rows_warp() && lane == 0) {
       const Box box{0, row, size_index(item_rows)};
       after_predecessor();
       for (int32_t i = 0; i < ahead; ++i) {
         full[i].expect(item_rows * line_bytes);
-        bring_rows(box, p.together > 1, first + i, i);
+        bringer.bring_rows(p, box, p.together > 1, first + i, i);
       }
-    } else if (brings_scales) {
-      scales_of(0, tile, ws);
+    } else if (bringer.scales_warp()) {
+      const float *ws[weights];
+      bringer.scales_of(p, 0, tile, ws);
       const int32_t ahead_of = first + 32 * lane;
       if (warp == 1 && ahead_of < last)
 #pragma unroll
         for (int n = 0; n < weights; ++n) prefetch(ws[n] + ahead_of);
       after_predecessor();
       const ScaledRows rows(row, min(row + item_rows, p.capacity));
-      const int32_t mine = first / 2 + turn;
-      own.load(p, ws, mine, rows);
+      const int32_t mine = first / 2 + bringer.turn;
+      bringer.own.load(p, ws, mine, rows);
       for (int k = 0; k < 2; ++k) {
         const int32_t step = 2 * mine + k;
         if (step < first || step >= last) continue;
-        own.store(reinterpret_cast<float *>(ring + size.stages * size.stage_bytes) + (step - first) * weights * size.scales, size.scales, k, item_rows);
+        bringer.own.store(bringer.scales_at(step - first), bringer.size.scales, k, item_rows);
         if (lane == 0) full[step - first].arrive();
       }
       if (2 * mine < last) {
-        turn += 2;
-        own.load(p, ws, mine + 2, rows);
+        bringer.turn += 2;
+        bringer.own.load(p, ws, mine + 2, rows);
       }
     }
     __syncwarp();
   }
   after_predecessor();
-  if (p.direct) {
-    for (int i = threadIdx.x; i < p.groups; i += contract_threads)
-      table.groups[i] = {i * p.distance, p.heads == nullptr ? p.heads_rows : static_cast<int32_t>(p.heads[i].rows) * p.heads_rows};
-  } else {
-    for (int i = threadIdx.x; i <= p.groups; i += contract_threads) table.groups[i] = p.packed.groups[i];
-  }
+  fetch_groups(p, table.of[0].groups, threadIdx.x, contract_threads);
   __syncthreads();
   if (warp == 0) {
-    if (p.dealt) deal<weights>(p, O::step_scales, table);
-    Items<weights>::list(p, table, 0);
+    if (p.dealt) deal(table);
+    list_items(&p, table, 0);
   }
   __syncthreads();
   if (p.dealt) wait_for_cluster();
-  size = table.ring;
+  bringer.size = table.ring;
 
-  Items<weights> items(p, table);
-  float *const scales = reinterpret_cast<float *>(ring + size.stages * size.stage_bytes);
   if (threadIdx.x < 128) {
-    give_registers<72>();
-    Place at;
-    int32_t brought = 0;
-    bool loaded = !p.dealt;
+    give_registers<bringing_registers>();
+    Items<true, Looked> items(&p, table);
     while (items.next()) {
-      const Item item = items.item();
-      if (brings_weights) {
-        const int32_t tile = tile_of(item.tile);
-        for (int32_t step = item.first; step < item.last; ++step, at.advance(size.stages), ++brought) {
-          if (brought < ahead) continue;
-          empty[at.stage].wait(at.phase ^ 1);
-          bring_weights(item.matrix, tile, item.alone, item.common == Common::weights, step, at.stage);
-        }
-      } else if (brings_rows) {
-        Box box{0, item.row, size_index(item.rows)};
-        const int boxes = p.direct && p.dealt ? cut_boxes(p, table, item, box) : 1;
-        const uint32_t bytes = line_bytes * __reduce_add_sync(0xFFFFFFFFu, lane < boxes ? row_size(box.size) : 0);
-        for (int32_t step = item.first; step < item.last; ++step, at.advance(size.stages), ++brought) {
-          if (brought < ahead) continue;
-          if (lane == 0) {
-            empty[at.stage].wait(at.phase ^ 1);
-            full[at.stage].expect(bytes);
-          }
-          __syncwarp();
-          if (lane < boxes) bring_rows(box, item.common == Common::rows, step, at.stage);
-        }
-      } else if (brings_scales) {
-        // The two take turns with pairs of steps; the loads of one are on their way while the other has its own. A phase of a barrier is known by its
-        // parity alone: a warp waits for its own steps only, which nobody passes before it, and which are less than a round of the ring apart.
-        scales_of(item.matrix, tile_of(item.tile), ws);
-        const ScaledRows rows(p, table, item);
-        const int32_t pairs = (item.last + 1) / 2;
-        int32_t mine = item.first / 2 + turn;
-        if (!loaded && mine < pairs) own.load(p, ws, mine, rows);
-        loaded = false;
-        for (int32_t pair = item.first / 2; pair < pairs; ++pair) {
-#pragma unroll
-          for (int k = 0; k < 2; ++k) {
-            const int32_t step = 2 * pair + k;
-            if (step < item.first || step >= item.last) continue;
-            if (pair == mine) {
-              empty[at.stage].wait(at.phase ^ 1);
-              own.store(scales + at.stage * weights * size.scales, size.scales, k, item.blocks * block_rows);
-              if (lane == 0) full[at.stage].arrive();
-            }
-            at.advance(size.stages);
-          }
-          if (pair == mine) {
-            mine += 2;
-            if (mine < pairs) own.load(p, ws, mine, rows);
-          }
-        }
-        turn = mine - pairs;
-      }
+      bringer.item(items.item());
       if (p.parts > 1) meet_cluster(); // as those who add up do
     }
   } else {
-    take_registers<216>();
-    const uint32_t frees = lane < p.together ? rank - of_couple + lane : nowhere;
-    Multiplier<O, Finish> multiplier{p, table, finish, ring, {uniform(size.stages), uniform(size.stage_bytes), uniform(size.scales)}, scales, full, empty, maxima, static_cast<int>(threadIdx.x % 128), static_cast<int>(uniform(threadIdx.x / 128)) - 1, frees};
-    while (items.next()) {
-      const Item &item = items.item();
-      if (item.blocks == 1) multiplier.template item<1>(item, part);
-      else if (most == 2 || item.blocks == 2) multiplier.template item<2>(item, part);
-      else if constexpr (most > 2) {
-        if (item.blocks == 3) multiplier.template item<3>(item, part);
-        else multiplier.template item<4>(item, part);
-      }
-    }
-    if constexpr (!Finish::quantises) {
-      const Group none = p.zeros ? table.groups[p.groups] : Group{0, 0};
-      const typename Multiplier<O, Finish>::Scaled zeros{};
-      for (int32_t place = blockIdx.x; place < none.count; place += gridDim.x) {
-        const auto row = finish.row_of(p.packed.targets[none.base + place]);
-        for (int which = 0; which < p.weights; which += weights)
-          for (int32_t column = 4 * (threadIdx.x - 128); column < p.w[which].columns; column += 4 * 256) {
-            const int count = min(4, p.w[which].columns - column);
-            finish(which, row, int64_t{column}, zeros, finish.beside(which, row, int64_t{column}, count), count);
-          }
-      }
-    }
+    take_registers<multiplying_registers>();
+    Items<false, Looked> items(&p, table);
+    Multiplier<O, Finish, 1, Looked> multiplier(work, table, finish, ring, bringer.size, full, empty, maxima);
+    while (items.next()) multiplier.item(items.item(), part);
+    multiplier.zeros(p);
   }
   if (clustered) meet_cluster(); // others may still read this block's sums, and arrive at its barriers
 }
@@ -334,8 +145,10 @@ struct Cut {
   uint32_t of_cluster() const { return together * parts; }
 };
 
+constexpr int most_attributes = 3;
+
 template <class Kernel>
-cudaError_t configure(Kernel *kernel, const Call &c, const Cut &cut, cudaLaunchConfig_t &config, cudaLaunchAttribute (&attributes)[2]) {
+cudaError_t configure(Kernel *kernel, const Call &c, const Cut &cut, cudaLaunchConfig_t &config, cudaLaunchAttribute (&attributes)[most_attributes]) {
   const cudaError_t raised = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(ring_bytes));
   if (raised != cudaSuccess) return raised;
   if (const cudaError_t e = prefer_shared(kernel)) return e;
@@ -359,7 +172,7 @@ cudaError_t clusters_of(Kernel *kernel, const Call &c, const Cut &cut, uint32_t 
   fit = c.processors;
   if (cut.of_cluster() == 1) return cudaSuccess;
   cudaLaunchConfig_t config;
-  cudaLaunchAttribute attributes[2];
+  cudaLaunchAttribute attributes[most_attributes];
   if (const cudaError_t e = configure(kernel, c, cut, config, attributes)) return e;
   int most = 0;
   const cudaError_t e = cudaOccupancyMaxActiveClusters(&most, kernel, &config);
@@ -431,40 +244,71 @@ struct Given {
   int64_t columns;
 };
 
-/// y = x w^T for packed weights of `inner` columns each. `window`: rows that the scratch has room for; more are done one window after the other.
-template <class O, int Weights, class Finish>
-cudaError_t contract(const Call &c, int64_t inner, const Rows &rows, const Choice &choice, int64_t window, const void *x, const float *xs, const Given (&weights)[Weights], const Finish &finish) {
-  static_assert(Weights <= most_weights && (!Finish::pairs || Weights == 2));
-  constexpr int weights_of_tile = Finish::pairs ? 2 : 1;
-  const auto kernel = contract_kernel<O, Finish>;
-  const int64_t row_bytes = inner * (128 / O::values), steps = ceil_div(row_bytes, int64_t{line_bytes});
-  const int64_t scales = O::step_scales ? steps : O::row_scales ? 1 : 0;
-  const bool direct = choice.ids == nullptr && row_bytes % 16 == 0; // rows are where a map finds them; linear.ts gives no scratch then
-  if (direct && rows.segments > most_matrices) return cudaErrorInvalidValue;
-  const Packed packed(c.scratch + most_dealt * sums_left * 4, window, choice.experts, steps, scales);
-  if (direct) window = rows.capacity();
-  const int64_t places = rows.capacity() < window ? rows.capacity() : window; // of a launch
-  Problem problem{};
+/// Weights of a problem of so many matrices each. `pairs`: the results of two meet.
+template <class Weights>
+cudaError_t set_weights(Problem &problem, const Weights &weights, bool pairs, int64_t matrices, int64_t steps) {
+  problem.steps = static_cast<int32_t>(steps);
   for (const Given &given : weights) {
     Weight &weight = problem.w[problem.weights++];
     weight.scales = given.ws;
     weight.columns = static_cast<int32_t>(given.columns);
     weight.tiles = static_cast<int32_t>(ceil_div(given.columns, int64_t{tile_columns}));
-    weight.first = Finish::pairs ? 0 : problem.tiles;
-    if (!Finish::pairs || problem.weights == 1) problem.tiles += weight.tiles;
-    if (const cudaError_t e = map_of(given.w, line_bytes, line_bytes, choice.experts * weight.tiles * steps * tile_columns, tile_columns, false, weight.lines)) return e;
+    weight.first = pairs ? 0 : problem.tiles;
+    if (!pairs || problem.weights == 1) problem.tiles += weight.tiles;
+    if (const cudaError_t e = map_of(given.w, line_bytes, line_bytes, matrices * weight.tiles * steps * tile_columns, tile_columns, false, weight.lines)) return e;
   }
-  problem.groups = direct ? static_cast<int32_t>(rows.segments) : choice.experts;
+  problem.columns_first = problem.tiles * steps * tile_bytes <= int64_t{16} << 20; // the cache keeps a matrix: results are written in order
+  return cudaSuccess;
+}
+/// Rows that are taken where they lie, `row_bytes` each.
+template <class O>
+cudaError_t take_rows(Problem &problem, const Rows &rows, const void *x, const float *xs, int64_t row_bytes) {
+  if (rows.segments > most_matrices) return cudaErrorInvalidValue;
+  problem.direct = true;
+  problem.groups = static_cast<int32_t>(rows.segments);
+  problem.heads = rows.per_token ? rows.heads : nullptr;
+  problem.heads_rows = static_cast<int32_t>(rows.count);
+  problem.distance = static_cast<int32_t>(rows.distance());
+  problem.capacity = static_cast<int32_t>(rows.capacity());
+  problem.xs = xs;
+  if (O::row_scales) problem.packed.scales = const_cast<float *>(xs);
+  for (int i = 0; i < row_sizes; ++i)
+    if (const cudaError_t e = map_of(x, row_bytes, row_bytes, rows.capacity(), row_size(i), true, problem.x[i])) return e;
+  return cudaSuccess;
+}
+/// Rows that were packed by the matrix that they meet.
+inline cudaError_t take_packed(Problem &problem, const Packed &packed, int32_t matrices) {
+  problem.groups = matrices;
+  problem.packed = packed;
+  for (int i = 0; i < row_sizes; ++i)
+    if (const cudaError_t e = map_of(packed.lines, line_bytes, line_bytes, packed.places * packed.blocks, row_size(i), false, problem.x[i])) return e;
+  return cudaSuccess;
+}
+/// Bytes of a row of so many values, and steps that they take.
+template <class O>
+struct RowSize {
+  int64_t bytes, steps, scales;
+  explicit RowSize(int64_t inner) : bytes(inner * (128 / O::values)), steps(ceil_div(bytes, int64_t{line_bytes})), scales(O::step_scales ? steps : O::row_scales ? 1 : 0) {}
+};
+
+/// y = x w^T for packed weights of `inner` columns each. `window`: rows that the scratch has room for; more are done one window after the other.
+template <class O, int Weights, class Finish>
+cudaError_t contract(const Call &c, int64_t inner, const Rows &rows, const Choice &choice, int64_t window, const void *x, const float *xs, const Given (&weights)[Weights], const Finish &finish) {
+  static_assert(Weights <= most_weights && (!Finish::pairs || Weights == 2));
+  const auto kernel = contract_kernel<O, Finish>;
+  const RowSize<O> row(inner);
+  const bool direct = choice.ids == nullptr && row.bytes % 16 == 0; // rows are where a map finds them; linear.ts gives no scratch then
+  const Packed packed(c.scratch + most_dealt * sums_left * 4, window, choice.experts, row.steps, row.scales);
+  if (direct) window = rows.capacity();
+  Work<1> work{};
+  Problem &problem = work.of[0];
+  if (const cudaError_t e = set_weights(problem, weights, Finish::pairs, choice.experts, row.steps)) return e;
+  if (const cudaError_t e = direct ? take_rows<O>(problem, rows, x, xs, row.bytes) : take_packed(problem, packed, choice.experts)) return e;
   Cut cut{most_of<Finish>, 2, 1, most_dealt, true};
   if (direct) {
     const uint32_t most_parts = Finish::quantises || Finish::pairs ? 1 : 8;
-    if (const cudaError_t e = choose_cut(kernel, c, problem.tiles, problem.groups, rows.distance(), static_cast<int32_t>(steps), weights_of_tile, most_of<Finish>, most_parts, cut)) return e;
-    problem.heads = rows.per_token ? rows.heads : nullptr;
-    problem.heads_rows = static_cast<int32_t>(rows.count);
-    problem.distance = static_cast<int32_t>(rows.distance());
-    problem.capacity = static_cast<int32_t>(rows.capacity());
+    if (const cudaError_t e = choose_cut(kernel, c, problem.tiles, problem.groups, rows.distance(), problem.steps, Finish::pairs ? 2 : 1, most_of<Finish>, most_parts, cut)) return e;
     problem.row_tiles = static_cast<int32_t>(ceil_div(rows.distance(), int64_t{cut.blocks} * block_rows));
-    problem.xs = xs;
   }
   if (cut.dealt) {
     uint32_t fit;
@@ -472,29 +316,20 @@ cudaError_t contract(const Call &c, int64_t inner, const Rows &rows, const Choic
     if (fit == 0) return cudaErrorInvalidConfiguration;
     cut.clusters = std::min({cut.clusters, fit, most_dealt / cut.together});
   }
-  for (int i = 0; i < row_sizes; ++i)
-    if (const cudaError_t e = direct ? map_of(x, row_bytes, row_bytes, rows.capacity(), row_size(i), true, problem.x[i])
-                                     : map_of(packed.lines, line_bytes, line_bytes, packed.places * steps, row_size(i), false, problem.x[i]))
-      return e;
-  problem.direct = direct;
-  problem.packed = packed;
-  if (direct && O::row_scales) problem.packed.scales = const_cast<float *>(xs);
-  problem.steps = static_cast<int32_t>(steps);
   problem.blocks = cut.blocks;
   problem.together = cut.together;
   problem.parts = cut.parts;
   problem.zeros = choice.zeros;
   problem.dealt = cut.dealt;
-  problem.columns_first = problem.tiles * steps * tile_bytes <= int64_t{16} << 20; // the cache keeps a matrix: results are written in order
   problem.left = reinterpret_cast<float *>(c.scratch);
   problem.ready = c.counters;
   cudaLaunchConfig_t config;
-  cudaLaunchAttribute attributes[2];
+  cudaLaunchAttribute attributes[most_attributes];
   if (const cudaError_t e = configure(kernel, c, cut, config, attributes)) return e;
   for (int64_t first = 0; first < rows.capacity(); first += window) {
     if (!direct)
-      if (const cudaError_t e = pack_rows(c, {static_cast<const uint8_t *>(x), xs, row_bytes, scales, first, window}, rows, choice, packed)) return e;
-    if (const cudaError_t e = cudaLaunchKernelEx(&config, kernel, problem, finish)) return e;
+      if (const cudaError_t e = pack_rows(c, {static_cast<const uint8_t *>(x), xs, row.bytes, row.scales, first, window}, rows, choice, packed)) return e;
+    if (const cudaError_t e = cudaLaunchKernelEx(&config, kernel, work, finish)) return e;
   }
   return cudaSuccess;
 }

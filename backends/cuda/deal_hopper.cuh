@@ -18,9 +18,9 @@ enum class Common : int32_t { nothing, rows, weights };
 
 /// A tile of work for a block: rows of one matrix against a block of columns, or some steps of it.
 struct Item {
-  int32_t matrix, tile, row, end; // a tile past the last one, or no rows: there is nothing but to keep in step with the other of the couple
-  int32_t blocks, rows;           // 64s of rows, and rows as they are brought: at least those from `row` to `end`
-  int32_t first, last;            // steps
+  int32_t problem, matrix, tile, row, end; // a tile past the last one, or no rows: there is nothing but to keep in step with the other of the couple
+  int32_t blocks, rows;                    // 64s of rows, and rows as they are brought: at least those from `row` to `end`
+  int32_t first, last;                     // steps
   Common common;
   bool alone;           // no other item has the same weights
   bool resumes, leaves; // goes on with sums that the couple before has left; leaves them to the one after
@@ -34,28 +34,49 @@ struct Share {
   __device__ __forceinline__ uint32_t count() const { return first == last ? last_step > first_step : last - first + (last_step > 0); }
 };
 
-constexpr uint32_t listed_items = 32;
+constexpr uint32_t listed_items = 16;
 
-/// What the threads of a block look up.
+/// The last of so many before which there are no more than `n`.
+__device__ __forceinline__ int32_t last_until(const int32_t *before, int32_t count, int32_t n) {
+  int32_t low = 0, high = count;
+  while (high - low > 1) {
+    const int32_t middle = (low + high) / 2;
+    if (before[middle] <= n) low = middle;
+    else high = middle;
+  }
+  return low;
+}
+
+/// What the threads of a block look up, for problems of so many matrices or segments.
+template <int Matrices, int Many>
 struct Table {
-  Group groups[most_matrices + 1];   // rows of each matrix, and of none, or of each segment
-  int32_t before[most_matrices + 1]; // items before those of each matrix, or rows before those of each segment, where segments take whole eights
-  int32_t rows, blocks;              // rows of segments in such eights, 64s of rows that tiles are cut to
+  static constexpr int many = Many;
+  struct Of {
+    Group groups[Matrices + 1];   // rows of each matrix, and of none, or of each segment
+    int32_t before[Matrices + 1]; // items before those of each matrix, or rows before those of each segment, where segments take whole eights
+    int32_t count, tiles;         // matrices or segments, and blocks of columns of each
+    bool direct, columns_first;   // as the problem has them
+    int32_t rows, first_item;     // rows of segments in such eights; items before those of the problem
+
+    /// The segment that has row `row` of those in eights.
+    __device__ __forceinline__ int32_t segment_of(int32_t segments, int32_t row) const { return last_until(before, segments, row); }
+  } of[Many];
+  int32_t problems, steps, most; // problems, their steps, 64s of rows of a tile at most
+  uint32_t weights;              // of a tile
+  bool step_scales, dealt;
+  int32_t blocks;                // 64s of rows that tiles are cut to
   Share share;
   RingSize ring;
   Item items[listed_items]; // some of the block's
 
-  /// The segment that has row `row` of those in eights.
-  __device__ __forceinline__ int32_t segment_of(int32_t segments, int32_t row) const { return last_until(segments, row); }
-  /// The last of so many before which there are no more than `n`.
-  __device__ __forceinline__ int32_t last_until(int32_t count, int32_t n) const {
-    int32_t low = 0, high = count;
-    while (high - low > 1) {
-      const int32_t middle = (low + high) / 2;
-      if (before[middle] <= n) low = middle;
-      else high = middle;
-    }
-    return low;
+  __device__ __forceinline__ const Of &at(int32_t problem) const { return of[Many == 1 ? 0 : problem]; }
+  /// What is known beforehand. One thread.
+  template <int Own>
+  __device__ __forceinline__ void begin(const Work<Own> &work, uint32_t of_tile, bool scales_of_steps, const RingSize &size = {}) {
+    const Problem &p = work.of[0];
+    problems = Own, steps = p.steps, most = p.blocks, weights = of_tile, step_scales = scales_of_steps, dealt = p.dealt, ring = size;
+#pragma unroll
+    for (int q = 0; q < Own; ++q) of[q].count = work.of[q].groups, of[q].tiles = work.of[q].tiles, of[q].direct = work.of[q].direct, of[q].columns_first = work.of[q].columns_first;
   }
 };
 
@@ -72,30 +93,30 @@ __host__ __device__ constexpr uint32_t step_moves(uint32_t weights, uint32_t blo
 }
 
 /// Lengths of items in units of 64 cycles, as measured on an H100: steps, which take what shared memory needs, at 128 bytes a cycle and an eighth more,
-/// or what the L2 cache needs to bring what is not shared; and what ends an item.
-template <int Weights>
+/// or what the L2 cache needs to bring what is not shared; and what ends an item. `weights`: of a tile.
 struct Lengths {
   static constexpr int32_t least_cut = 16, least_steps = 4; // steps of items that may be cut, and of their pieces
-  static __device__ __forceinline__ uint32_t step(int32_t blocks, Common common) {
-    return max((step_moves(Weights, blocks) * 9 >> 6) + 1, common == Common::rows ? 8 * Weights + 2 * blocks + 2 : 4 * Weights + 4 * blocks + 2);
+  uint32_t weights;
+
+  __device__ __forceinline__ uint32_t step(int32_t blocks, Common common) const {
+    return max((step_moves(weights, blocks) * 9 >> 6) + 1, common == Common::rows ? 8 * weights + 2 * blocks + 2 : 4 * weights + 4 * blocks + 2);
   }
-  static __device__ __forceinline__ uint32_t of(int32_t steps, int32_t blocks, Common common) { return steps * step(blocks, common) + 24 * Weights * blocks + 48; }
+  __device__ __forceinline__ uint32_t end(int32_t blocks) const { return 24 * weights * blocks + 48; }
 };
 
 /// How rows of one matrix are cut into tiles, and what couples share of them, so that they take the least time.
-template <int Weights>
 struct Cuts {
   int32_t count, blocks; // tiles, and 64s of rows of each but perhaps the last
   Common common;
   int32_t row_items, columns; // items of a couple: by rows, and for each of those
   int32_t last;               // 64s of rows of the last by rows; all others have `blocks`
 
-  __device__ __forceinline__ Cuts(int32_t rows, int32_t most, int32_t tiles) {
+  __device__ __forceinline__ Cuts(const Lengths &lengths, int32_t rows, int32_t most, int32_t tiles) {
     const int32_t all = (rows + block_rows - 1) / block_rows;
     count = quotient_of(all + most - 1, most);
     blocks = count == 0 ? 0 : quotient_of(all + count - 1, count);
     const int32_t rest = all - (count - 1) * blocks, couples_of_rows = (count + 1) / 2, couples_of_tiles = (tiles + 1) / 2;
-    const bool by_rows = count * couples_of_tiles * Lengths<Weights>::step(blocks, Common::rows) < couples_of_rows * tiles * Lengths<Weights>::step(blocks, Common::weights);
+    const bool by_rows = count * couples_of_tiles * lengths.step(blocks, Common::rows) < couples_of_rows * tiles * lengths.step(blocks, Common::weights);
     common = by_rows ? Common::rows : Common::weights;
     row_items = by_rows ? count : couples_of_rows, columns = by_rows ? couples_of_tiles : tiles;
     last = by_rows || count % 2 != 0 ? rest : blocks;
@@ -103,39 +124,61 @@ struct Cuts {
   __device__ __forceinline__ int32_t items() const { return row_items * columns; }
 };
 
-/// Fills in the table of a block to which tiles are dealt, from its groups. All lanes of a warp.
-template <int Weights>
-__device__ __forceinline__ void deal(const Problem &p, bool step_scales, Table &table) {
-  using Length = Lengths<Weights>;
-  const int32_t lane = threadIdx.x % 32, most = p.blocks;
-  int32_t rows = 0;
-  if (p.direct)
-    for (int32_t first = 0; first < p.groups; first += 32) {
-      const int32_t segment = first + lane, own = segment < p.groups ? (table.groups[segment].count + 7) / 8 * 8 : 0;
-      const int32_t sum = rows + sum_to_lane(own);
-      if (segment < p.groups) table.before[segment] = sum - own;
-      rows = __shfl_sync(0xFFFFFFFFu, sum, 31);
-    }
-  const int32_t matrices = p.direct ? 1 : p.groups;
-  using Cut = Cuts<Weights>;
-  const auto length_of = [&](const Cut &cuts, int32_t blocks) { return Length::of(p.steps, blocks, cuts.common); };
-  const auto row_items_length = [&](const Cut &cuts) { return cuts.count == 0 ? 0 : (cuts.row_items - 1) * length_of(cuts, cuts.blocks) + length_of(cuts, cuts.last); };
-  const auto cuts_of = [&](int32_t matrix, int32_t cut) { return Cut(p.direct ? rows : table.groups[matrix].count, cut, p.tiles); };
+/// Fills in the table of a block to which tiles are dealt, from what is known beforehand and its groups. All lanes of a warp.
+template <class Table>
+__device__ __forceinline__ void deal(Table &table) {
+  const Lengths lengths{table.weights};
+  const int32_t lane = threadIdx.x % 32, most = table.most, steps = table.steps, many = table.problems;
+  int32_t rows_of[Table::many], matrices = 0, until[Table::many]; // matrices of problems up to each
+#pragma unroll
+  for (int q = 0; q < Table::many; ++q) {
+    if (q >= many) break;
+    typename Table::Of &of = table.of[q];
+    int32_t rows = 0;
+    if (of.direct)
+      for (int32_t first = 0; first < of.count; first += 32) {
+        const int32_t segment = first + lane, own = segment < of.count ? (of.groups[segment].count + 7) / 8 * 8 : 0;
+        const int32_t sum = rows + sum_to_lane(own);
+        if (segment < of.count) of.before[segment] = sum - own;
+        rows = __shfl_sync(0xFFFFFFFFu, sum, 31);
+      }
+    rows_of[q] = rows;
+    until[q] = matrices += of.direct ? 1 : of.count;
+  }
+  struct Matrix {
+    int32_t problem, number, rows, tiles;
+  };
+  const auto matrix_of = [&](int32_t index) {
+    Matrix m{0, index, 0, 0};
+#pragma unroll
+    for (int q = 0; q + 1 < Table::many; ++q)
+      if (q + 1 < many && index >= until[q]) m.problem = q + 1, m.number = index - until[q];
+    int32_t rows = rows_of[0];
+#pragma unroll
+    for (int q = 1; q < Table::many; ++q)
+      if (m.problem == q) rows = rows_of[q];
+    const typename Table::Of &of = table.at(m.problem);
+    m.rows = of.direct ? rows : of.groups[m.number].count, m.tiles = of.tiles;
+    return m;
+  };
+  const auto length_of = [&](const Cuts &cuts, int32_t blocks) { return steps * lengths.step(blocks, cuts.common) + lengths.end(blocks); };
+  const auto row_items_length = [&](const Cuts &cuts) { return cuts.count == 0 ? 0 : (cuts.row_items - 1) * length_of(cuts, cuts.blocks) + length_of(cuts, cuts.last); };
+  const auto cuts_of = [&](const Matrix &m, int32_t cut) { return Cuts(lengths, m.rows, cut, m.tiles); };
   // the cut that is done first
   const uint32_t couples = clusters(), couple = cluster_of_block();
   struct Sums {
     uint32_t items, length, largest, time; // `largest`: 64s of rows
   } best{0, 0, 1, UINT32_MAX};
   int32_t best_cut = 1;
-  const auto add = [&](Sums &to, const Cut &cuts) { to = {to.items + cuts.items(), to.length + cuts.columns * row_items_length(cuts), max(to.largest, cuts.blocks), 0}; };
+  const auto add = [&](Sums &to, const Cuts &cuts) { to = {to.items + cuts.items(), to.length + cuts.columns * row_items_length(cuts), max(to.largest, cuts.blocks), 0}; };
   const auto time_of = [&](const Sums &sums) {
-    if (sums.items > couples && p.steps >= Length::least_cut) return quotient_of(sums.length, couples) + 1;
-    return quotient_of(sums.items + couples - 1, couples) * Length::of(p.steps, sums.largest, Common::weights);
+    if (sums.items > couples && steps >= Lengths::least_cut) return quotient_of(sums.length, couples) + 1;
+    return quotient_of(sums.items + couples - 1, couples) * (steps * lengths.step(sums.largest, Common::weights) + lengths.end(sums.largest));
   };
   if (matrices <= 8) { // cuts side by side
     static_assert(most_blocks == 4);
     Sums sums{0, 0, 1, 0};
-    if (lane % 8 < matrices) add(sums, cuts_of(lane % 8, max(most - lane / 8, 1)));
+    if (lane % 8 < matrices) add(sums, cuts_of(matrix_of(lane % 8), max(most - lane / 8, 1)));
     for (int by = 1; by < 8; by *= 2)
       sums = {sums.items + __shfl_xor_sync(0xFFFFFFFFu, sums.items, by), sums.length + __shfl_xor_sync(0xFFFFFFFFu, sums.length, by),
               max(sums.largest, __shfl_xor_sync(0xFFFFFFFFu, sums.largest, by)), 0};
@@ -145,7 +188,7 @@ __device__ __forceinline__ void deal(const Problem &p, bool step_scales, Table &
   } else {
     for (int32_t cut = most; cut > 0; --cut) {
       Sums sums{0, 0, 1, 0};
-      for (int32_t matrix = lane; matrix < matrices; matrix += 32) add(sums, cuts_of(matrix, cut));
+      for (int32_t index = lane; index < matrices; index += 32) add(sums, cuts_of(matrix_of(index), cut));
       sums = {__reduce_add_sync(0xFFFFFFFFu, sums.items), __reduce_add_sync(0xFFFFFFFFu, sums.length), __reduce_max_sync(0xFFFFFFFFu, sums.largest), 0};
       sums.time = time_of(sums);
       if (sums.time < best.time) best = sums, best_cut = cut;
@@ -154,26 +197,32 @@ __device__ __forceinline__ void deal(const Problem &p, bool step_scales, Table &
   // the share of this couple
   const uint32_t items = best.items, each = quotient_of(best.length, couples), over = best.length - each * couples;
   uint32_t item_before = 0, length_before = 0;
-  const uint32_t ends[2] = {each * couple + quotient_of(over * couple, couples), each * (couple + 1) + quotient_of(over * (couple + 1), couples)};
+  const uint32_t start = each * couple + quotient_of(over * couple, couples), stop = each * (couple + 1) + quotient_of(over * (couple + 1), couples);
   Share share{min(couple, items), min(couple + 1, items), 0, 0};
   if (items > couples) share = {items, items, 0, 0};
   for (int32_t first = 0; first < matrices; first += 32) {
-    const int32_t matrix = first + lane;
-    const Cut cuts = matrix < matrices ? cuts_of(matrix, best_cut) : Cut(0, best_cut, p.tiles);
+    const int32_t index = first + lane;
+    const Matrix matrix = index < matrices ? matrix_of(index) : Matrix{0, 0, 0, 1};
+    const bool columns_first = table.at(matrix.problem).columns_first;
+    const Cuts cuts = cuts_of(matrix, best_cut);
     const uint32_t own_items = cuts.items(), own_length = cuts.columns * row_items_length(cuts);
     const uint32_t item_sum = item_before + sum_to_lane(own_items), length_sum = length_before + sum_to_lane(own_length);
-    if (!p.direct && matrix < matrices) table.before[matrix] = item_sum - own_items;
+    if (index < matrices) {
+      if (matrix.number == 0) table.of[matrix.problem].first_item = item_sum - own_items;
+      if (!table.at(matrix.problem).direct) table.of[matrix.problem].before[matrix.number] = item_sum - own_items;
+    }
     if (items > couples)
-#pragma unroll
+#pragma unroll 1
       for (int end = 0; end < 2; ++end) {
-        const bool here = ends[end] >= length_sum - own_length && ends[end] < length_sum;
+        const uint32_t at = end == 0 ? start : stop;
+        const bool here = at >= length_sum - own_length && at < length_sum;
         uint32_t item = 0;
         int32_t step = 0;
         if (here) {
-          uint32_t left = ends[end] - (length_sum - own_length);
+          uint32_t left = at - (length_sum - own_length);
           const uint32_t whole = length_of(cuts, cuts.blocks), last = length_of(cuts, cuts.last);
           uint32_t column, row_item;
-          if (p.columns_first) {
+          if (columns_first) {
             row_item = min(quotient_of(left, cuts.columns * whole), static_cast<uint32_t>(cuts.row_items - 1)), left -= row_item * cuts.columns * whole;
             column = quotient_of(left, row_item + 1 == cuts.row_items ? last : whole);
           } else {
@@ -182,12 +231,12 @@ __device__ __forceinline__ void deal(const Problem &p, bool step_scales, Table &
           }
           const bool is_last = row_item + 1 == cuts.row_items;
           const uint32_t item_length = is_last ? last : whole;
-          left -= p.columns_first ? column * item_length : row_item * whole;
-          item = item_sum - own_items + (p.columns_first ? row_item * cuts.columns + column : column * cuts.row_items + row_item);
-          step = static_cast<int32_t>(quotient_of(left, Length::step(is_last ? cuts.last : cuts.blocks, cuts.common))) / 2 * 2;
-          const bool most = p.steps < Length::least_cut ? 2 * left >= item_length : step > p.steps - Length::least_steps;
+          left -= columns_first ? column * item_length : row_item * whole;
+          item = item_sum - own_items + (columns_first ? row_item * cuts.columns + column : column * cuts.row_items + row_item);
+          step = static_cast<int32_t>(quotient_of(left, lengths.step(is_last ? cuts.last : cuts.blocks, cuts.common))) / 2 * 2;
+          const bool most = steps < Lengths::least_cut ? 2 * left >= item_length : step > steps - Lengths::least_steps;
           if (most) ++item;
-          if (most || p.steps < Length::least_cut || step < Length::least_steps) step = 0;
+          if (most || steps < Lengths::least_cut || step < Lengths::least_steps) step = 0;
         }
         const uint32_t holders = __ballot_sync(0xFFFFFFFFu, here);
         if (holders == 0) continue;
@@ -197,69 +246,87 @@ __device__ __forceinline__ void deal(const Problem &p, bool step_scales, Table &
       }
     item_before = __shfl_sync(0xFFFFFFFFu, item_sum, 31), length_before = __shfl_sync(0xFFFFFFFFu, length_sum, 31);
   }
-  if (lane == 0) table.rows = rows, table.blocks = best_cut, table.share = share, table.ring = RingSize::of(best.largest, step_scales, Weights);
+  if (lane == 0) {
+#pragma unroll
+    for (int q = 0; q < Table::many; ++q)
+      if (q < many) table.of[q].rows = rows_of[q];
+    table.blocks = best_cut, table.share = share, table.ring = RingSize::of(best.largest, table.step_scales, table.weights);
+  }
   __syncwarp();
 }
 
-/// Items of a block, which all of its threads go through together. Those of its couple's share, where tiles are dealt: in order of matrices, and
-/// tiles of rows or blocks of columns. Else the one that its cluster is there for, in order of blocks of columns and tiles of rows, which in segments
-/// are cut whether there are rows or not; every block of a cluster takes the same rows.
-template <int Weights>
+__device__ __forceinline__ Item item_of(int32_t problem, int32_t matrix, int32_t tile, const Group &g, int32_t from, int32_t most, int32_t steps) {
+  const int32_t rows = max(min(most, g.count - from), 0);
+  return {problem, matrix, tile, g.base + from, g.base + from + rows, max((rows + block_rows - 1) / block_rows, 1), row_size(size_index(rows)), 0, steps};
+}
+/// The item that a cluster is there for.
+template <class Table>
+__device__ __forceinline__ Item known_item(const Problem &p, const Table &table) {
+  const int32_t index = cluster_of_block(), rank = block_of_cluster(), part = rank / p.together, row_tiles = p.groups * p.row_tiles;
+  const int32_t tile = index / row_tiles * p.together + rank % p.together, r = index % row_tiles;
+  Item own = item_of(0, 0, tile, table.of[0].groups[r / p.row_tiles], r % p.row_tiles * p.blocks * block_rows, p.blocks * block_rows, p.steps);
+  own.first = p.steps * part / p.parts, own.last = p.steps * (part + 1) / p.parts;
+  own.common = p.together > 1 ? Common::rows : Common::nothing, own.alone = row_tiles == 1;
+  return own;
+}
+/// Item n of a couple's share.
+template <class Table>
+__device__ __forceinline__ Item dealt_item(const Table &table, uint32_t n) {
+  const Share share = table.share;
+  const int32_t steps = table.steps;
+  const bool begins = share.first_step > 0, ends = share.last_step > 0;
+  uint32_t index = share.first + n + begins - ends;
+  int32_t from = 0, to = steps;
+  // the first steps of the last one come first, since the next couple needs them at its end
+  if (share.first == share.last) index = share.first, from = share.first_step, to = share.last_step;
+  else if (ends && n == 0) index = share.last, to = share.last_step;
+  else if (index == share.last) index = share.first, from = share.first_step;
+  int32_t problem = 0;
+#pragma unroll
+  for (int q = 1; q < Table::many; ++q)
+    if (q < table.problems && static_cast<int32_t>(index) >= table.of[q].first_item) problem = q;
+  const typename Table::Of &of = table.at(problem);
+  const int32_t matrix = of.direct ? 0 : last_until(of.before, of.count, index);
+  const Group g = of.direct ? Group{0, of.rows} : of.groups[matrix];
+  const Cuts cuts(Lengths{table.weights}, g.count, table.blocks, of.tiles);
+  const int32_t local = static_cast<int32_t>(index) - (of.direct ? of.first_item : of.before[matrix]), most = cuts.blocks * block_rows;
+  const int32_t inner = of.columns_first ? cuts.columns : cuts.row_items, outer = quotient_of(local, inner);
+  const int32_t column = of.columns_first ? local - outer * inner : outer, row_item = of.columns_first ? outer : local - outer * inner;
+  const int32_t other_rows = cuts.common == Common::weights ? 2 : 1, other_tiles = 3 - other_rows, number = block_of_cluster();
+  Item own = item_of(problem, matrix, column * other_tiles + (other_tiles - 1) * number, g, (row_item * other_rows + (other_rows - 1) * number) * most, most, steps);
+  own.first = from, own.last = to, own.resumes = from > 0, own.leaves = to < steps;
+  own.common = cuts.common, own.alone = cuts.row_items == 1;
+  return own;
+}
+template <class Table>
+__device__ __forceinline__ uint32_t item_count(const Table &table) { return table.dealt ? table.share.count() : 1; }
+/// Puts items of the block from number `from` on into the table. `p`: the only problem, where tiles are not dealt. All lanes of a warp.
+template <class Table>
+__device__ __forceinline__ void list_items(const Problem *p, Table &table, uint32_t from) {
+  const uint32_t own = threadIdx.x % 32;
+  if (own < listed_items && from + own < item_count(table)) table.items[own] = table.dealt ? dealt_item(table, from + own) : known_item(*p, table);
+}
+
+/// Items of a block, which all of its threads go through together. Those of its couple's share, where tiles are dealt: in order of problems, matrices,
+/// and tiles of rows or blocks of columns. Else the one that its cluster is there for, in order of blocks of columns and tiles of rows, which in
+/// segments are cut whether there are rows or not; every block of a cluster takes the same rows.
+/// `Lists`: whether the threads are those that put items into the table.
+template <bool Lists, class Table>
 class Items {
-  const Problem &p;
+  const Problem *const p;
   Table &table;
   const uint32_t count;
   uint32_t number = UINT32_MAX;
 
-  __device__ __forceinline__ Item item_of(int32_t matrix, int32_t tile, const Group &g, int32_t from, int32_t most) const {
-    const int32_t rows = max(min(most, g.count - from), 0);
-    return {matrix, tile, g.base + from, g.base + from + rows, max((rows + block_rows - 1) / block_rows, 1), row_size(size_index(rows)), 0, p.steps};
-  }
-  __device__ __forceinline__ Item known() const {
-    const int32_t index = cluster_of_block(), rank = block_of_cluster(), part = rank / p.together, row_tiles = p.groups * p.row_tiles;
-    const int32_t tile = index / row_tiles * p.together + rank % p.together, r = index % row_tiles;
-    Item own = item_of(0, tile, table.groups[r / p.row_tiles], r % p.row_tiles * p.blocks * block_rows, p.blocks * block_rows);
-    own.first = p.steps * part / p.parts, own.last = p.steps * (part + 1) / p.parts;
-    own.common = p.together > 1 ? Common::rows : Common::nothing, own.alone = row_tiles == 1;
-    return own;
-  }
-  __device__ __forceinline__ Item dealt(uint32_t n) const {
-    const Share share = table.share;
-    const bool begins = share.first_step > 0, ends = share.last_step > 0;
-    uint32_t index = share.first + n + begins - ends;
-    int32_t from = 0, to = p.steps;
-    // the first steps of the last one come first, since the next couple needs them at its end
-    if (share.first == share.last) index = share.first, from = share.first_step, to = share.last_step;
-    else if (ends && n == 0) index = share.last, to = share.last_step;
-    else if (index == share.last) index = share.first, from = share.first_step;
-    const int32_t matrix = p.direct ? 0 : table.last_until(p.groups, index);
-    const Group g = p.direct ? Group{0, table.rows} : table.groups[matrix];
-    const Cuts<Weights> cuts(g.count, table.blocks, p.tiles);
-    const int32_t local = static_cast<int32_t>(index) - (p.direct ? 0 : table.before[matrix]), most = cuts.blocks * block_rows;
-    const int32_t inner = p.columns_first ? cuts.columns : cuts.row_items, outer = quotient_of(local, inner);
-    const int32_t column = p.columns_first ? local - outer * inner : outer, row_item = p.columns_first ? outer : local - outer * inner;
-    const int32_t other_rows = cuts.common == Common::weights ? 2 : 1, other_tiles = 3 - other_rows, number = block_of_cluster();
-    Item own = item_of(matrix, column * other_tiles + (other_tiles - 1) * number, g, (row_item * other_rows + (other_rows - 1) * number) * most, most);
-    own.first = from, own.last = to, own.resumes = from > 0, own.leaves = to < p.steps;
-    own.common = cuts.common, own.alone = cuts.row_items == 1;
-    return own;
-  }
-
  public:
-  __device__ __forceinline__ Items(const Problem &of, Table &in) : p(of), table(in), count(of.dealt ? in.share.count() : 1) {}
-  /// Puts the next items of the block into the table. All lanes of a warp.
-  static __device__ __forceinline__ void list(const Problem &p, Table &table, uint32_t from) {
-    const Items items(p, table);
-    const uint32_t own = from + threadIdx.x % 32;
-    if (own < items.count) table.items[threadIdx.x % 32] = p.dealt ? items.dealt(own) : items.known();
-  }
+  __device__ __forceinline__ Items(const Problem *first, Table &in) : p(first), table(in), count(item_count(in)) {}
   /// Goes on to the next one, or says that there is none.
   __device__ __forceinline__ bool next() {
     __syncwarp();
     if (++number >= count) return false;
     if (number > 0 && number % listed_items == 0) {
       __syncthreads();
-      if (threadIdx.x < 32) list(p, table, number);
+      if (Lists && threadIdx.x < 32) list_items(p, table, number);
       __syncthreads();
     }
     return true;

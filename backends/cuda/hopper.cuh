@@ -98,6 +98,8 @@ __device__ __forceinline__ void copy_16(void *to, const void *from, bool there) 
 }
 /// Makes what this thread wrote to shared memory by ordinary stores visible to copies and warpgroup products.
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+/// Orders ordinary accesses of this thread to memory of the device and copies.
+__device__ __forceinline__ void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 // --- memory of the device that blocks share ---------------------------------------------------------------------------------------
 
@@ -107,6 +109,13 @@ __device__ __forceinline__ uint32_t load_acquire(const uint32_t *from) {
   uint32_t value;
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
   return value;
+}
+
+/// The value before the addition; release and acquire.
+__device__ __forceinline__ uint32_t add_at(uint32_t *to, uint32_t value) {
+  uint32_t before;
+  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(before) : "l"(to), "r"(value) : "memory");
+  return before;
 }
 
 // --- clusters -------------------------------------------------------------------------------------------------------------------
@@ -191,6 +200,7 @@ __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Registers));
 }
 __device__ __forceinline__ void pin(int32_t &x) { asm volatile("" : "+r"(x)::"memory"); }
+__device__ __forceinline__ void pin(uint32_t &x) { asm volatile("" : "+r"(x)); }
 /// Barrier `id` (1 to 15) of some of the block's warps.
 __device__ __forceinline__ void meet(uint32_t id, uint32_t threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 

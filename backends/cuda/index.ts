@@ -7,6 +7,7 @@ import { tokenKernels } from "../tokens.ts";
 import { appendKernel } from "./append.ts";
 import { arches, assemble } from "./assemble.ts";
 import { attentionKernels, kv } from "./attention.ts";
+import { chainKernel } from "./chain.ts";
 import { linearKernels } from "./linear.ts";
 import { routeKernel } from "./route.ts";
 import { rowKernel } from "./rows.ts";
@@ -20,6 +21,7 @@ const backend: Backend = {
   dtypes: dtypes as readonly DType[],
   kernels: [
     ...linearKernels,
+    chainKernel,
     ...attentionKernels,
     sdpaKernel,
     appendKernel,

@@ -8,7 +8,7 @@
 import type { Dim } from "../../ir/dim.ts";
 import type { Op, Value } from "../../ir/graph.ts";
 import { type DType, dtypeBytes, type TensorType, typeText } from "../../ir/type.ts";
-import type { ContextValue, KernelPlan, KernelTemplate, Target } from "../backend.ts";
+import type { ContextValue, Inexact, KernelContext, KernelPlan, KernelTemplate, Target } from "../backend.ts";
 import { type Dialect, elementStatements, loadElement, rowsOf, storeElement, tokenSymbol } from "../c_family.ts";
 import {
   aboutContraction,
@@ -112,15 +112,71 @@ const epilogueOf = (
   };
 };
 
+/** How a launcher spells the address of an input or a result, and whether the launch itself writes what it reads there. */
+export interface Pointer {
+  readonly value: string;
+  readonly within: boolean;
+}
+
+/**
+ * What contraction_results.hbs makes results of sums with; undefined when an epilogue does not fit. `kept`: of which parts the results are packed as
+ * their rows are. All parts have the same inputs.
+ */
+export const finishOf = (
+  parts: readonly Contraction[],
+  results: readonly Value[],
+  target: Target,
+  pointerOf: (v: Value, type: string) => Pointer,
+  kept: (part: Contraction) => boolean = () => false,
+): KernelContext | undefined => {
+  const sizes = parts.map(operandsOf);
+  const epilogues = parts.map((part, i) =>
+    epilogueOf(i, part, results, sizes[i]?.rows as Dim, sizes[i]?.columns as number, target),
+  );
+  if (!epilogues.every((e): e is Epilogue => e !== undefined)) return undefined;
+  const inputs = parts[0]?.inputs ?? [];
+  // the same instructions for all: they take time to come
+  const alike =
+    new Set(epilogues.map((e) => e.lines.join("\n"))).size === 1 &&
+    epilogues.every((e) => e.reads.length + e.writes.length === 0);
+  const read = [...new Set(epilogues.flatMap((e) => e.inputs))].sort((a, b) => a - b);
+  const field = (v: Value, name: string, prefix: string): ContextValue => {
+    const type = prefix + storage[dtypeOf(v)];
+    return { type, name, note: typeText(v.type), ...pointerOf(v, type) };
+  };
+  const weights = sizes.map(({ columns }, i) => ({
+    number: i,
+    columns,
+    whole: columns % 4 === 0,
+    groups: Math.ceil(columns / quantisedColumns),
+    quantisedColumns,
+    kept: kept(parts[i] as Contraction),
+    alike,
+    ...(epilogues[i] as Epilogue),
+  }));
+  return {
+    fields: [
+      ...read.map((index) => field(inputs[index] as Value, `in${index}`, "const ")),
+      ...results.map((v, i) => field(v, `out${i}`, "")),
+    ],
+    weights,
+    valued: alike ? weights.slice(0, 1) : weights,
+    combines: epilogues.flatMap((e) => e.combines),
+    pairs: parts[0]?.partner !== undefined,
+    quantises: parts[0]?.quantised !== undefined,
+    keeps: parts.some(kept),
+  };
+};
+
 /** Types of operands that products of the matrix units take, with the scales that go with them: rows and columns of w that share one. */
-const unitOf = (dtype: DType, block: readonly [number, number] | undefined, inner: number): string | undefined => {
+export const unitOf = (dtype: DType, block: readonly [number, number] | undefined, inner: number): string | undefined => {
   if (dtype === "bf16" && block === undefined) return "Bf16";
   if (dtype === "e4m3" && block?.[0] === tileRows && block[1] === 128) return "E4m3";
   if (dtype === "i8" && block?.[0] === 1 && block[1] >= inner) return "Int8";
   return undefined;
 };
 /** Smaller products leave nearly all of a tile or of the processor idle. */
-const leastProduct = 1 << 17;
+export const leastProduct: number = 1 << 17;
 /** Matrices that pack_rows.cuh counts rows of. */
 const mostMatrices = 384;
 /** Bytes of packed rows that a launch keeps; more rows go one part after the other. */
@@ -128,20 +184,24 @@ const mostPackedBytes = 96 << 20;
 /** Weights of one launch: the arguments of a kernel have room for their maps. */
 const mostWeights = 4;
 /** Rows from which on results of dense contractions are quantised as they are made, or made of two contractions. */
-const leastQuantisedRows = 128;
+export const leastQuantisedRows = 128;
 /** Bytes of the sums that blocks leave which share k on Ampere: most_sharing of 128 rows and columns. */
 const sharedSums = 264 * 128 * 128 * 4;
 /** Bytes of the sums that blocks leave for others to go on with on Hopper: most_dealt of them, 256 rows and 128 columns each. */
-const dealtSums = 144 * 256 * 128 * 4;
+export const dealtSums: number = 144 * 256 * 128 * 4;
 /** Attention ranks whose rows one launch of the other side may have. */
-const mostSegments = 32;
+export const mostSegments = 32;
 
 /** of s3_head */
 const headBytes = 64;
 
-const roundUp = (n: number, to: number): number => Math.ceil(n / to) * to;
+export const roundUp = (n: number, to: number): number => Math.ceil(n / to) * to;
 
-/** Rows that scratch has room for, and its bytes: the sizes of `Packed` in pack_rows.cuh. */
+/** Bytes of as many packed rows: the sizes of `Packed` in pack_rows.cuh. */
+export const packedBytes = (window: number, matrices: number, lines: number, scales: number): number =>
+  roundUp(window + 8 * matrices + 256, 32) * (128 * lines + 4 * scales + 4) + roundUp(window, 32) * 4 + (matrices + 1) * 8;
+
+/** Rows that scratch has room for, and its bytes. */
 const scratchOf = (
   places: number,
   matrices: number,
@@ -149,12 +209,11 @@ const scratchOf = (
   scales: number,
 ): { readonly window: number; readonly bytes: number } => {
   const window = Math.min(places, Math.max(256, Math.floor(mostPackedBytes / (lines * 128))));
-  const packed = roundUp(window + 8 * matrices + 256, 32);
-  return { window, bytes: packed * (128 * lines + 4 * scales + 4) + roundUp(window, 32) * 4 + (matrices + 1) * 8 };
+  return { window, bytes: packedBytes(window, matrices, lines, scales) };
 };
 
 /** Contractions of a launch, partners too. */
-const multipliedOf = (parts: readonly Contraction[]): readonly Contraction[] =>
+export const multipliedOf = (parts: readonly Contraction[]): readonly Contraction[] =>
   parts.flatMap((work) => [work, ...(work.partner === undefined ? [] : [{ ...work, contraction: work.partner }])]);
 
 /** Why contractions cannot share a launch; undefined when they can. */
@@ -180,6 +239,8 @@ const match =
     const [work] = parts ?? [];
     if (parts === undefined || work === undefined) return undefined;
     if (parts.some(({ contraction }) => contraction.kind.includes("grouped") !== grouped)) return undefined;
+    const plain = parts.every((part) => part.partner === undefined && part.combines.length === 0 && part.quantised === undefined);
+    if (parts.length > 1 && !plain) return undefined;
     const difference = differenceOf(parts);
     if (difference !== undefined) return target.decline(difference);
     const { contraction } = work;
@@ -201,8 +262,12 @@ const match =
     const rowsText = counts ? sizes.argument(rows) : "";
     if (inner === 0 || all.some(({ columns }) => columns === 0)) return target.decline("a contraction without elements");
     const results = parts.length === 1 ? work.outputs : (op.body?.outputs ?? []);
-    const epilogues = parts.map((part, i) => epilogueOf(i, part, results, rows, operandsOf(part).columns, target));
-    if (!epilogues.every((e): e is Epilogue => e !== undefined)) return undefined;
+    const finish = finishOf(parts, results, target, (v, type) => {
+      const result = results.indexOf(v);
+      const index = result < 0 ? work.inputs.indexOf(v) : work.inputs.length + result;
+      return { value: `argument<${type}>(c, ${index})`, within: false };
+    });
+    if (finish === undefined) return undefined;
 
     const block = scaled ? (contraction.attrs.block as readonly [number, number]) : undefined;
     const isWeight = (index: number): boolean => target.isWeight?.(op.inputs[index] as Value) ?? true;
@@ -250,19 +315,6 @@ const match =
         ...(scaled ? [pointer(`ws${i}`, o.operand("ws"), o.indexOf("ws"), "float")] : []),
       ]),
     ];
-    const read = [...new Set(epilogues.flatMap((e) => e.inputs))].sort((a, b) => a - b);
-    const fields: ContextValue[] = [
-      ...read.map((index) => {
-        const v = work.inputs[index] as Value;
-        return { type: `const ${storage[dtypeOf(v)]}`, name: `in${index}`, index, note: typeText(v.type) };
-      }),
-      ...results.map((v, i) => ({
-        type: storage[dtypeOf(v)],
-        name: `out${i}`,
-        index: work.inputs.length + i,
-        note: typeText(v.type),
-      })),
-    ];
     const about = parts.map((part, i) => aboutContraction(part, x, all[i]?.w ?? w)).join(" and ");
     const used = packed ? (gathered ? bytes : 0) + (family === "hopper" ? dealtSums : grouped ? 0 : sharedSums) : 0;
     const headAt = roundUp(used, 64);
@@ -282,19 +334,8 @@ const match =
         group: block === undefined ? inner : Math.min(block[1], inner),
         block: block?.[0] ?? all[0]?.columns ?? 0,
         operands,
-        fields,
+        ...finish,
         given: all.map(({ columns }, i) => ({ columns, w: `w${i}`, ws: scaled ? `ws${i}` : "nullptr" })),
-        weights: parts.map(operandsOf).map(({ columns }, i) => ({
-          number: i,
-          columns,
-          whole: columns % 4 === 0,
-          groups: Math.ceil(columns / quantisedColumns),
-          quantisedColumns,
-          ...(epilogues[i] as Epilogue),
-        })),
-        combines: epilogues.flatMap((e) => (e as Epilogue).combines),
-        pairs,
-        quantises,
         scaled,
         xs: scaled ? "xs" : "nullptr",
         matrices,
@@ -315,11 +356,15 @@ const match =
   };
 
 /** Within a block of 128 columns; blocks are added up in f32. */
-const codeSums = { ofLargest: 2 ** -11, why: "the 8-bit units of Hopper keep about 13 bits of a sum" };
+export const codeSums: Inexact = { ofLargest: 2 ** -11, why: "the 8-bit units of Hopper keep about 13 bits of a sum" };
 
 const template = (name: string, grouped: boolean): KernelTemplate => {
   const text = loadTemplate(new URL(`./kernels/${name}.hbs`, import.meta.url));
-  return { name, match: match(grouped), render: (context, symbol) => text({ ...context, name: symbol }) };
+  return {
+    name,
+    match: match(grouped),
+    render: (context, symbol) => text({ ...context, name: symbol, struct: `${symbol}_results` }),
+  };
 };
 
 export const linearKernels: readonly KernelTemplate[] = [template("linear", false), template("grouped_linear", true)];

@@ -80,11 +80,15 @@ __device__ __forceinline__ void quantise_four(const Four<float> &values, const D
 
 constexpr uint32_t nowhere = UINT32_MAX;
 
+/// 64s of rows of a tile: sums by two weights leave registers for half as many.
+template <class Finish>
+constexpr int32_t most_of = Finish::pairs ? most_blocks / 2 : most_blocks;
+
 /// What a thread of the multiplying warpgroups knows.
-template <class O, class Finish>
+template <class O, class Finish, int Many, class Table>
 struct Multiplier {
   static constexpr int weights = Finish::pairs ? 2 : 1; // of which a tile has columns
-  const Problem &p;
+  const Work<Many> &work;
   const Table &table;
   const Finish &finish;
   uint8_t *ring;
@@ -96,16 +100,58 @@ struct Multiplier {
   uint32_t frees;   // the block in which this lane says that a stage is free, or nowhere
   Place at{};
 
+  __device__ __forceinline__ Multiplier(const Work<Many> &work_, const Table &table_, const Finish &finish_, uint8_t *ring_, const RingSize &of, Barrier *full_, Barrier *empty_, uint32_t *maxima_)
+      : work(work_), table(table_), finish(finish_), ring(ring_), size{uniform(of.stages), uniform(of.stage_bytes), uniform(of.scales)},
+        scales(reinterpret_cast<const float *>(ring_ + of.stages * of.stage_bytes)), full(full_), empty(empty_), maxima(maxima_) {
+    uint32_t own = threadIdx.x;
+    pin(own); // what follows from it is not kept in registers from one stage of a launch to the next
+    thread = own % 128, half = static_cast<int>(uniform(own / 128)) - 1;
+    const uint32_t rank = block_of_cluster(), together = work.of[0].together, lane = own % 32;
+    frees = lane < together ? rank - rank % together + lane : nowhere;
+  }
+
   using Sum = typename O::Sum;
   using Scaled = std::conditional_t<Finish::pairs, float[2][4], float[4]>; // what Finish gets of four columns
   using Row = typename Finish::Row;
   using Beside = typename Finish::Beside;
 
+  /// All of an item. `part`: which of those that share k.
+  __device__ __forceinline__ void item(const Item &item, uint32_t part) {
+    if (item.blocks == 1) this->template item<1>(item, part);
+    else if (most_of<Finish> == 2 || item.blocks == 2) this->template item<2>(item, part);
+    else if constexpr (most_of<Finish> > 2) {
+      if (item.blocks == 3) this->template item<3>(item, part);
+      else this->template item<4>(item, part);
+    }
+  }
+  /// Results of rows that meet no matrix, a share of each block, where they are wanted.
+  __device__ __forceinline__ void zeros(const Problem &p) const {
+    if constexpr (!Finish::quantises) {
+      const Group none = p.zeros ? table.of[0].groups[p.groups] : Group{0, 0};
+      const Scaled zeros{};
+      for (int32_t place = blockIdx.x; place < none.count; place += gridDim.x) {
+        const auto row = finish.row_of(p.packed.targets[none.base + place]);
+        for (int which = 0; which < p.weights; which += weights)
+          for (int32_t column = 4 * (threadIdx.x - 128); column < p.w[which].columns; column += 4 * 256) {
+            const int count = min(4, p.w[which].columns - column);
+            finish(which, row, int64_t{column}, zeros, finish.beside(which, row, int64_t{column}, count), count);
+          }
+      }
+    }
+  }
+
+ private:
   template <int Blocks>
   __device__ __forceinline__ void item(const Item &item, uint32_t part) {
+    const uint32_t parts = work.of[0].parts;
     Sum sums[sets<Blocks>][width<Blocks> / 2];
     Targets<Blocks> targets{};
-    if (p.parts == 1) look_up<Blocks>(item, targets);
+    if (parts == 1) {
+      look_up<Blocks>(item, targets);
+      if constexpr (Finish::combines)
+        for (const int32_t target : targets)
+          if (target >= 0 && !item.leaves) finish.prefetch_beside(target, columns_of(item).first);
+    }
     if (item.resumes) {
       fetch<Blocks>(sums);
     } else {
@@ -116,12 +162,11 @@ struct Multiplier {
     }
     multiply<Blocks>(sums, item.last - item.first);
     if constexpr (!Finish::quantises && !Finish::pairs)
-      if (p.parts > 1) return share<Blocks>(sums, item, part);
+      if (parts > 1) return share<Blocks>(sums, item, part);
     if (item.leaves) leave<Blocks>(sums);
     else store<Blocks>(sums, item, targets);
   }
 
- private:
   /// Whether the warpgroups have half of the columns each and all rows, not half of the rows; 64s of rows, sets of sums and columns of a warpgroup.
   template <int Blocks>
   static constexpr bool halves_columns = Blocks % 2 != 0;
@@ -220,9 +265,10 @@ struct Multiplier {
   }
   /// What a thread has of sums that a block leaves to that of the next couple.
   template <int Blocks>
-  __device__ __forceinline__ Four<Sum> *left(uint32_t to) const { return reinterpret_cast<Four<Sum> *>(p.left + to * sums_left) + half * 128 + thread; }
+  __device__ __forceinline__ Four<Sum> *left(uint32_t to) const { return reinterpret_cast<Four<Sum> *>(work.of[0].left + to * sums_left) + half * 128 + thread; }
   template <int Blocks>
   __device__ __forceinline__ void leave(const Sum (&sums)[sets<Blocks>][width<Blocks> / 2]) {
+    const Problem &p = work.of[0];
     Four<Sum> *const to = left<Blocks>(blockIdx.x + p.together);
 #pragma unroll
     for (int s = 0; s < sets<Blocks>; ++s)
@@ -234,6 +280,7 @@ struct Multiplier {
   }
   template <int Blocks>
   __device__ __forceinline__ void fetch(Sum (&sums)[sets<Blocks>][width<Blocks> / 2]) {
+    const Problem &p = work.of[0];
     if (half == 0 && thread == 0)
       while (load_acquire(p.ready + blockIdx.x) == 0) {
       }
@@ -251,28 +298,31 @@ struct Multiplier {
     if (half == 0 && thread == 0) p.ready[blockIdx.x] = 0; // as it was found
   }
   /// The row of the result that a row of an item belongs to; -1 for what is between segments.
-  __device__ __forceinline__ int32_t target_of(int32_t row) const {
-    if (!p.direct) return p.packed.targets[row];
+  __device__ __forceinline__ int32_t target_of(const Item &item, int32_t row) const {
+    const Problem &p = work.at(item.problem);
+    if (!p.direct) return p.keeps ? row : p.packed.targets[row];
     if (!p.dealt) return row;
-    const int32_t segment = table.segment_of(p.groups, row), place = row - table.before[segment];
-    return place < table.groups[segment].count ? table.groups[segment].base + place : -1;
+    const typename Table::Of &of = table.at(item.problem);
+    const int32_t segment = of.segment_of(p.groups, row), place = row - of.before[segment];
+    return place < of.groups[segment].count ? of.groups[segment].base + place : -1;
   }
-  /// The columns of a block: of which weight, from which on, and how many.
+  /// The columns of a block: of which weight of the problem and of the launch, from which on, and how many.
   struct Columns {
-    int which;
+    int weight, which;
     int32_t first, count;
   };
   __device__ __forceinline__ Columns columns_of(const Item &item) const {
-    const int which = Finish::pairs ? 0 : p.weight_of(item.tile);
-    const int32_t first = (item.tile - p.w[which].first) * tile_columns;
-    return {which, first, p.w[which].columns - first};
+    const Problem &p = work.at(item.problem);
+    const int weight = Finish::pairs ? 0 : p.weight_of(item.tile);
+    const int32_t first = (item.tile - p.w[weight].first) * tile_columns;
+    return {weight, (Many == 1 ? 0 : p.first) + weight, first, p.w[weight].columns - first};
   }
   /// How many of the four columns from `column` of the block on there are; none when it is not positive. Full: the block has all of its columns.
   template <bool Full>
   static __device__ __forceinline__ int count_of(const Columns &columns, int32_t column) { return Full ? 4 : min(4, columns.count - column); }
   /// What is read beside fours of columns of a thread's two rows, from those of sums 4j on; nothing of rows and columns that are not there.
-  template <int Blocks, bool Full, int Many>
-  __device__ __forceinline__ void beside(const Columns &columns, const int32_t (&targets)[2], const Row (&rows)[2], int j, Beside (&read)[Many][2]) const {
+  template <int Blocks, bool Full, int Eights>
+  __device__ __forceinline__ void beside(const Columns &columns, const int32_t (&targets)[2], const Row (&rows)[2], int j, Beside (&read)[Eights][2]) const {
     static_assert(apart_of_fours == 16);
     int64_t from[2];
     int count[2];
@@ -293,7 +343,7 @@ struct Multiplier {
     for (int n = 0; n < (row_sets<Blocks> + 1) / 2; ++n) {
       const int set = 2 * n + thread % 32 / 16;
       const int32_t row = item.row + block_of<Blocks>(set) * block_rows + thread / 32 * 16 + thread % 16;
-      targets[n] = set < row_sets<Blocks> && row < item.end ? target_of(row) : -1;
+      targets[n] = set < row_sets<Blocks> && row < item.end ? target_of(item, row) : -1;
     }
   }
 
@@ -309,7 +359,8 @@ struct Multiplier {
       for (int i = 0; i < 4; ++i) {
         float value = static_cast<float>(sums.of[n][i]);
         if constexpr (O::row_scales) {
-          const Weight &w = p.w[columns.which + n];
+          const Problem &p = work.at(item.problem);
+          const Weight &w = p.w[columns.weight + n];
           value *= p.packed.scales[p.direct ? target : row] * w.scales[int64_t{item.matrix} * w.columns + columns.first + column + min(i, count - 1)];
         }
         if constexpr (Finish::pairs) scaled[n][i] = value;
@@ -317,15 +368,15 @@ struct Multiplier {
       }
   }
   /// Results of so many eights of two rows. `line`: the upper row of the item, `j`: of the first eight's sums.
-  template <int Blocks, bool Full, int Many>
-  __device__ __forceinline__ void finish_eights(const Item &item, const Columns &columns, int32_t line, const int32_t (&targets)[2], const Row (&rows)[2], int j, const Fours (&fours)[Many][2]) const {
-    Beside read[Many][2];
+  template <int Blocks, bool Full, int Eights>
+  __device__ __forceinline__ void finish_eights(const Item &item, const Columns &columns, int32_t line, const int32_t (&targets)[2], const Row (&rows)[2], int j, const Fours (&fours)[Eights][2]) const {
+    Beside read[Eights][2];
     beside<Blocks, Full>(columns, targets, rows, j, read);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (targets[i] < 0) continue;
 #pragma unroll
-      for (int u = 0; u < Many; ++u) {
+      for (int u = 0; u < Eights; ++u) {
         const int32_t column = column_of<Blocks>(j + 2 * u, i);
         const int count = count_of<Full>(columns, column);
         if (count <= 0) continue;
@@ -353,64 +404,127 @@ struct Multiplier {
   __device__ __forceinline__ int column_of(int j, int i) const {
     return first_column<Blocks>() + 8 * j + thread % 4 / 2 * 4 + (thread % 2 != i ? 8 : 0);
   }
+  /// The first so many of a thread's sums by each weight.
+  template <int Blocks, int Count>
+  static __device__ __forceinline__ void take_first(const Sum (&sums)[sets<Blocks>][width<Blocks> / 2], Sum (&first)[weights][Count]) {
+#pragma unroll
+    for (int n = 0; n < weights; ++n)
+#pragma unroll
+      for (int i = 0; i < Count; ++i) first[n][i] = sums[n][i];
+  }
+  /// Moves what comes after them up to their place, from set to set.
+  template <int Blocks, int Count>
+  static __device__ __forceinline__ void move_up(Sum (&sums)[sets<Blocks>][width<Blocks> / 2]) {
+    constexpr int of_set = width<Blocks> / 2;
+#pragma unroll
+    for (int n = 0; n < weights; ++n)
+#pragma unroll
+      for (int i = 0; i + Count < row_sets<Blocks> * of_set; ++i)
+        sums[i / of_set * weights + n][i % of_set] = sums[(i + Count) / of_set * weights + n][(i + Count) % of_set];
+  }
+  /// Two rows of a set that a thread has: the upper one's line, the rows of the result, and what is read once for each.
+  struct Pair {
+    int32_t line, targets[2];
+    Row rows[2];
+  };
   template <int Blocks>
-  __device__ __forceinline__ void store(const Sum (&sums)[sets<Blocks>][width<Blocks> / 2], const Item &item, const Targets<Blocks> &own) const {
+  __device__ __forceinline__ Pair pair_of(const Item &item, const Targets<Blocks> &own, const Row (&own_rows)[(row_sets<Blocks> + 1) / 2], int r) const {
+    Pair pair;
+    pair.line = item.row + block_of<Blocks>(r) * block_rows + thread / 32 * 16 + thread % 32 / 4;
+    constexpr bool several = row_sets<Blocks> > 2;
+    const int32_t target = several && r >= 2 ? own[several] : own[0];
+    const Row &row = several && r >= 2 ? own_rows[several] : own_rows[0];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int lane = r % 2 * 16 + 8 * i + thread % 32 / 4;
+      pair.targets[i] = __shfl_sync(0xFFFFFFFFu, target, lane), pair.rows[i] = from_lane(row, lane);
+    }
+    return pair;
+  }
+  /// Whether the warp has rows of set r.
+  template <int Blocks>
+  __device__ __forceinline__ bool has_rows(const Item &item, int r) const { return item.row + block_of<Blocks>(r) * block_rows + thread / 32 * 16 < item.end; }
+
+  /// Results of an item. Where there is more to do than to write sums, in loops that move them through the same registers: instructions for each of
+  /// them would not fit into the caches of a processor (32 KB), and come through the same memory as the weights.
+  template <int Blocks>
+  __device__ __forceinline__ void store(Sum (&sums)[sets<Blocks>][width<Blocks> / 2], const Item &item, const Targets<Blocks> &own) const {
     const Columns columns = columns_of(item);
     if (columns.count >= tile_columns) store<Blocks, true>(sums, item, columns, own);
     else store<Blocks, false>(sums, item, columns, own);
   }
   template <int Blocks, bool Full>
-  __device__ __forceinline__ void store(const Sum (&sums)[sets<Blocks>][width<Blocks> / 2], const Item &item, const Columns &columns, const Targets<Blocks> &own) const {
-    constexpr int apart = width<Blocks> / 2, eights = width<Blocks> / 16, together = sizeof(Beside) > 32 ? 2 : 4; // whose reads wait for each other's
+  __device__ __forceinline__ void store(Sum (&sums)[sets<Blocks>][width<Blocks> / 2], const Item &item, const Columns &columns, const Targets<Blocks> &own) const {
     Row own_rows[(row_sets<Blocks> + 1) / 2];
 #pragma unroll
     for (int n = 0; n < (row_sets<Blocks> + 1) / 2; ++n) own_rows[n] = row_of(own[n]);
-#pragma unroll
-    for (int r = 0; r < row_sets<Blocks>; ++r) {
-      const int32_t line = item.row + block_of<Blocks>(r) * block_rows + thread / 32 * 16; // the warp's first
-      if (line >= item.end) break;
-      int32_t targets[2];
-      Row rows[2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int lane = r % 2 * 16 + 8 * i + thread % 32 / 4;
-        targets[i] = __shfl_sync(0xFFFFFFFFu, own[r / 2], lane), rows[i] = from_lane(own_rows[r / 2], lane);
+    if constexpr (Finish::quantises) {
+#pragma unroll 1
+      for (int r = 0; r < row_sets<Blocks>; ++r) {
+        if (!has_rows<Blocks>(item, r)) break;
+        quantise<Blocks, Full>(sums, item, columns, pair_of<Blocks>(item, own, own_rows, r));
       }
-      const int32_t own_line = line + thread % 32 / 4;
-      if constexpr (Finish::quantises) {
-        quantise<Blocks, Full>(sums[r * weights], item, columns, own_line, targets, rows);
+    } else {
+      constexpr int eights = width<Blocks> / 16, together = sizeof(Beside) > 32 ? 2 : 4, of_set = eights / together; // whose reads wait for each other's
+      const auto finish_first = [&](const Sum *own, int apart, const Pair &pair, int first) {
+        Fours fours[together][2];
+#pragma unroll
+        for (int u = 0; u < together; ++u) exchange(own + 8 * u, apart, fours[u]);
+        finish_eights<Blocks, Full>(item, columns, pair.line, pair.targets, pair.rows, 2 * first, fours);
+      };
+      if constexpr (Finish::pairs) {
+#pragma unroll 1
+        for (int chunk = 0; chunk < row_sets<Blocks> * of_set; ++chunk) {
+          if (!has_rows<Blocks>(item, chunk / of_set)) break;
+          Sum first[weights][8 * together];
+          take_first<Blocks>(sums, first);
+          finish_first(first[0], 8 * together, pair_of<Blocks>(item, own, own_rows, chunk / of_set), together * (chunk % of_set));
+          move_up<Blocks, 8 * together>(sums);
+        }
       } else {
 #pragma unroll
-        for (int first = 0; first < eights; first += together) {
-          Fours fours[together][2];
+        for (int r = 0; r < row_sets<Blocks>; ++r) {
+          if (!has_rows<Blocks>(item, r)) break;
+          const Pair pair = pair_of<Blocks>(item, own, own_rows, r);
 #pragma unroll
-          for (int u = 0; u < together; ++u) exchange(sums[r * weights] + 8 * (first + u), apart, fours[u]);
-          finish_eights<Blocks, Full>(item, columns, own_line, targets, rows, 2 * first, fours);
+          for (int first = 0; first < eights; first += together) finish_first(sums[r] + 8 * first, 0, pair, first);
         }
       }
     }
   }
-  /// A set of rows, of which a warp, or two where warpgroups have half of the columns each, has all columns of the block.
+  /// The first set of rows, of which a warp, or two where warpgroups have half of the columns each, has all columns of the block; the next one comes
+  /// to its place.
   template <int Blocks, bool Full>
-  __device__ __forceinline__ void quantise(const Sum *sums, const Item &item, const Columns &columns, int32_t line, const int32_t (&targets)[2], const Row (&rows)[2]) const {
-    constexpr int apart = width<Blocks> / 2, eights = width<Blocks> / 16;
-    Four<float> values[eights][2];
+  __device__ __forceinline__ void quantise(Sum (&sums)[sets<Blocks>][width<Blocks> / 2], const Item &item, const Columns &columns, const Pair &pair) const {
+    static_assert(std::is_same_v<Sum, float>);
+    constexpr int of_set = width<Blocks> / 2, all = row_sets<Blocks> * of_set, together = 2, many = 8 * together, chunks = of_set / many;
     uint32_t largest[2] = {};
+    // values take the places of sums behind all others
+#pragma unroll 1
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      float first[weights][many], made[many];
+      take_first<Blocks>(sums, first);
+      Beside read[together][2];
+      beside<Blocks, Full>(columns, pair.targets, pair.rows, 2 * together * chunk, read);
 #pragma unroll
-    for (int u = 0; u < eights; ++u) {
-      Fours fours[2];
-      exchange(sums + 8 * u, apart, fours);
-      Beside read[1][2];
-      beside<Blocks, Full>(columns, targets, rows, 2 * u, read);
+      for (int u = 0; u < together; ++u) {
+        Fours fours[2];
+        exchange(first[0] + 8 * u, many, fours);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int32_t column = column_of<Blocks>(2 * u, i);
-        const int count = count_of<Full>(columns, column);
-        Scaled scaled;
-        scale(item, columns, line + 8 * i, targets[i], column, count, fours[i], scaled);
-        values[u][i] = finish.values(rows[i], int64_t{columns.first + column}, scaled, read[0][i], count);
-        largest[i] = max(largest[i], largest_of(values[u][i], count));
+        for (int i = 0; i < 2; ++i) {
+          const int32_t column = column_of<Blocks>(2 * (together * chunk + u), i);
+          const int count = count_of<Full>(columns, column);
+          Scaled scaled;
+          scale(item, columns, pair.line + 8 * i, pair.targets[i], column, count, fours[i], scaled);
+          const Four<float> values = finish.values(columns.which, pair.rows[i], int64_t{columns.first + column}, scaled, read[u][i], count);
+          largest[i] = max(largest[i], largest_of(values, count));
+#pragma unroll
+          for (int n = 0; n < 4; ++n) made[8 * u + 4 * i + n] = values[n];
+        }
       }
+      move_up<Blocks, many>(sums);
+#pragma unroll
+      for (int i = 0; i < many; ++i) sums[(all - many + i) / of_set * weights][(all - many + i) % of_set] = made[i];
     }
 #pragma unroll
     for (uint32_t &of_row : largest)
@@ -423,22 +537,29 @@ struct Multiplier {
       for (int i = 0; i < 2; ++i) largest[i] = max(largest[i], of_warp[(1 - half) * 16 + 8 * i + place]);
       meet(6 + thread / 32, 64); // before others take their place
     }
+    const Divisor by[2] = {Divisor(__uint_as_float(largest[0])), Divisor(__uint_as_float(largest[1]))};
+#pragma unroll 1
+    for (int chunk = 0; chunk < chunks; ++chunk) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const Divisor by(__uint_as_float(largest[i]));
-      if (targets[i] < 0) continue;
+      for (int u = 0; u < together; ++u)
 #pragma unroll
-      for (int u = 0; u < eights; ++u) {
-        const int32_t column = column_of<Blocks>(2 * u, i);
-        const int count = count_of<Full>(columns, column);
-        if (count > 0) finish.quantised(rows[i], int64_t{columns.first + column}, values[u][i], by, count);
-      }
+        for (int i = 0; i < 2; ++i) {
+          const int32_t column = column_of<Blocks>(2 * (together * chunk + u), i);
+          const int count = count_of<Full>(columns, column), at = all - of_set + 8 * u + 4 * i;
+          Four<float> values;
+#pragma unroll
+          for (int n = 0; n < 4; ++n) values[n] = sums[(at + n) / of_set * weights][(at + n) % of_set];
+          if (pair.targets[i] >= 0 && count > 0) finish.quantised(columns.which, pair.rows[i], int64_t{columns.first + column}, values, by[i], count);
+        }
+#pragma unroll
+      for (int i = 0; i + many < of_set; ++i) sums[(all - of_set) / of_set * weights][i] = sums[(all - of_set) / of_set * weights][i + many];
     }
   }
 
   /// Eights of sums of a thread are dealt out to the blocks that share k; each adds up those of all in the order of k.
   template <int Blocks>
   __device__ __forceinline__ void share(const Sum (&sums)[sets<Blocks>][width<Blocks> / 2], const Item &item, uint32_t part) {
+    const Problem &p = work.of[0];
     constexpr uint32_t eights = width<Blocks> / 16, units = sets<Blocks> * eights, together = 4, piece = 256 * 16; // a four of every thread
     const uint32_t place = (half * 128 + thread) * 16;
     meet(5, 256); // the ring is read

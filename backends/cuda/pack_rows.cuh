@@ -31,7 +31,16 @@ struct Packed {
     targets = reinterpret_cast<int32_t *>(scales + places * scale_blocks);
     groups = reinterpret_cast<Group *>(targets + places + (window + 31) / 32 * 32);
   }
+  /// Other values of the same rows.
+  Packed beside(uint8_t *at, int64_t line_blocks, int64_t scale_blocks_) const {
+    Packed other = *this;
+    other.lines = at, other.blocks = line_blocks, other.scale_blocks = scale_blocks_;
+    other.scales = reinterpret_cast<float *>(at + 128 * places * line_blocks);
+    return other;
+  }
 };
+/// Where byte `byte` of packed row `row` lies.
+__device__ __forceinline__ int64_t packed_at(int64_t places, int64_t row, int64_t byte) { return ((byte >> 7) * places + row) * 128 + (((byte >> 4) ^ row) & 7) * 16 + (byte & 15); }
 
 /// What is packed: rows `first` .. of at most `window`.
 struct Packing {
@@ -54,7 +63,7 @@ __device__ __forceinline__ uint4 piece_of(const uint8_t *row, int64_t size, int6
   return make_uint4(words[0], words[1], words[2], words[3]);
 }
 __device__ __forceinline__ void put_piece(const Packed &to, int64_t row, int64_t i, const uint4 &piece) {
-  *reinterpret_cast<uint4 *>(to.lines + ((i >> 3) * to.places + row) * 128 + ((i ^ row) & 7) * 16) = piece;
+  *reinterpret_cast<uint4 *>(to.lines + packed_at(to.places, row, 16 * i)) = piece;
 }
 
 /// The sum over the lanes up to this one's.

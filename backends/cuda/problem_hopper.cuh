@@ -9,7 +9,8 @@ constexpr int line_bytes = 128, tile_columns = 128, tile_bytes = tile_columns * 
 constexpr int block_rows = 64, block_bytes = block_rows * line_bytes; // of A
 constexpr uint32_t most_stages = 9;
 constexpr int32_t most_blocks = 4; // 64s of rows of a tile
-constexpr uint32_t ring_bytes = (227 << 10) - (8 << 10); // with what aligns it; barriers and the table lie beside it
+constexpr uint32_t beside_ring = 8 << 10; // bytes of shared memory for barriers and tables
+constexpr uint32_t ring_bytes = (227 << 10) - beside_ring; // with what aligns it
 
 /// The ring for tiles of so many 64s of rows and so many weights: at least four stages, since the warps that bring scales take turns with two steps each.
 struct RingSize {
@@ -46,10 +47,12 @@ struct Problem {
   const float *xs;
   Packed packed;
   int32_t weights, tiles, steps; // weights, their blocks of columns altogether, lines along k
+  int32_t first;                 // number of the first weight among those of the launch, where pairs count as one
   int32_t groups;                // matrices of each weight, or segments
   int32_t blocks, row_tiles;     // 64s of rows of a tile at most, tiles of a segment
   uint32_t together, parts;      // blocks of a couple, or 1, and how many of those a cluster has, which share k
   bool zeros;                    // rows that meet no matrix get results of zeros
+  bool keeps;                    // results are packed as the rows are, for a contraction of the same rows
   bool columns_first;            // of items that are dealt out; else those with the same weights follow each other
   bool dealt;                    // tiles are dealt out, to couples; else a block knows its only one before it knows how many rows there are
   float *left;                   // sums for each of the blocks to go on with
@@ -61,6 +64,15 @@ struct Problem {
     while (which + 1 < weights && tile >= w[which + 1].first) ++which;
     return which;
   }
+};
+
+/// Problems of as many steps, whose tiles are dealt out together.
+template <int Many>
+struct Work {
+  static constexpr int many = Many;
+  Problem of[Many];
+
+  __device__ __forceinline__ const Problem &at(int32_t number) const { return of[Many == 1 ? 0 : number]; }
 };
 
 }  // namespace s3::hopper

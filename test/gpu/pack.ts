@@ -3,7 +3,7 @@
  * op for each architecture, bundles with GPUs on both sides or on one, with what the C++ backend makes of the same prompts, and single layers
  * of Step-3 in its full size, whose weights are drawn on that machine (layer.py). Runs it here when there is a GPU.
  *
- *   npm run test:gpu [-- --out DIR] [-- --pack-only]
+ *   npm run test:gpu [-- --out DIR] [-- --pack-only] [-- --parts kernels,bundles,layers]
  */
 import { spawnSync } from "node:child_process";
 import { copyFileSync, cpSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
@@ -20,6 +20,7 @@ const root = packageRoot();
 const flags = process.argv.slice(2);
 const flagValue = (flag: string): string | undefined => (flags.includes(flag) ? flags[flags.indexOf(flag) + 1] : undefined);
 const out = resolve(flagValue("--out") ?? "gpu-tests");
+const parts = (flagValue("--parts") ?? "kernels,bundles,layers").split(",");
 
 const write = (path: string, content: string | Uint8Array): void => {
   mkdirSync(dirname(path), { recursive: true });
@@ -62,7 +63,17 @@ const relativeError = (got: Float32Array, reference: Float32Array): number => {
 };
 
 type Precision = "bf16" | "fp8" | "int8";
-const pairs: readonly (readonly [attention: string, ffn: string, precision: Precision, ranks: readonly [number, number]])[] = [
+/** Sequences in flight: with these, slots are large enough for whole MLPs in one launch on the FFN side. */
+const manySequences = 400;
+const pairs: readonly (readonly [
+  attention: string,
+  ffn: string,
+  precision: Precision,
+  ranks: readonly [number, number],
+  maxBatch?: number,
+])[] = [
+  ["cuda", "cuda", "bf16", [1, 1], manySequences],
+  ["cuda", "cuda", "fp8", [1, 1], manySequences],
   ["cuda", "cuda", "bf16", [1, 1]],
   ["cuda", "cuda", "fp8", [1, 1]],
   ["cuda", "cuda", "int8", [1, 1]],
@@ -122,9 +133,10 @@ const packBundles = async (): Promise<void> => {
     return file;
   };
   for (const { model, source, pair } of models) {
-    const [attention, ffn, precision, [a, f]] = pair;
-    const name = `${model}-${attention}-${ffn}-${precision}-${a}A${f}F`.replaceAll(":", "_");
-    const options = { ...defaultOptions, precision, kv: precision, ranks: { attention: a, ffn: f } };
+    const [attention, ffn, precision, [a, f], maxBatch = defaultOptions.maxBatch] = pair;
+    const large = maxBatch === defaultOptions.maxBatch ? "" : `-${maxBatch}`;
+    const name = `${model}-${attention}-${ffn}-${precision}-${a}A${f}F${large}`.replaceAll(":", "_");
+    const options = { ...defaultOptions, precision, kv: precision, ranks: { attention: a, ffn: f }, maxBatch };
     await compile(source, { ...options, attention, ffn, out: join(out, "bundles", name) }, silent);
     copyFileSync(join(work, `${model}.jsonl`), join(out, "bundles", `${name}.jsonl`));
     const expected = await referenceOf(model, source, precision);
@@ -162,7 +174,15 @@ const packLayers = async (): Promise<void> => {
     for (const precision of ["bf16", "fp8"] as const) {
       const layer = join(out, "layers", `${kind}-${precision}`);
       write(`${layer}.config/config.json`, `${JSON.stringify(step3ConfigJson({ sizes: { ...full, moeLayers } }))}\n`);
-      const options = { ...defaultOptions, attention: "cuda", ffn: "cuda", precision, kv: precision, weights: false };
+      const options = {
+        ...defaultOptions,
+        attention: "cuda",
+        ffn: "cuda",
+        precision,
+        kv: precision,
+        weights: false,
+        maxBatch: manySequences,
+      };
       await compile(`${layer}.config`, { ...options, out: `${layer}.s3` }, silent);
     }
   copyFileSync(join(root, "test", "gpu", "layer.py"), join(out, "layer.py"));
@@ -170,9 +190,9 @@ const packLayers = async (): Promise<void> => {
 
 rmSync(out, { recursive: true, force: true });
 mkdirSync(join(out, "bundles"), { recursive: true });
-packKernels();
-await packBundles();
-await packLayers();
+if (parts.includes("kernels")) packKernels();
+if (parts.includes("bundles")) await packBundles();
+if (parts.includes("layers")) await packLayers();
 cpSync(join(root, "runtime"), join(out, "runtime"), { recursive: true });
 copyFileSync(join(root, "test", "gpu", "run.sh"), join(out, "run.sh"));
 const commit = spawnSync("git", ["rev-parse", "--short", "HEAD"], { cwd: root, encoding: "utf8" });
