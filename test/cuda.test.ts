@@ -3,7 +3,7 @@
  * architecture where nvcc is. What the kernels compute is checked by `npm run test:gpu`.
  */
 import { spawn, spawnSync } from "node:child_process";
-import { existsSync, mkdirSync, mkdtempSync, rmSync, writeFileSync } from "node:fs";
+import { existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
@@ -28,13 +28,20 @@ describe("every sample of every op", () => {
     });
 });
 
-const kernelsOf = async (precision: "bf16" | "fp8" | "int8", model = sample): Promise<string[]> => {
-  const printed = await compile(
-    model,
-    { ...defaultOptions, attention: "cuda", ffn: "cuda", precision, kv: precision, weights: false, emit: "kernels" },
-    silent,
-  );
+const kernelsOf = async (precision: "bf16" | "fp8" | "int8", model = sample, ranks = defaultOptions.ranks): Promise<string[]> => {
+  const options = { ...defaultOptions, attention: "cuda", ffn: "cuda", precision, kv: precision, weights: false, ranks };
+  const printed = await compile(model, { ...options, emit: "kernels" }, silent);
   return [...printed.matchAll(/^\/\/ (?:attention|ffn) k\d+_\w+: (.*)$/gm)].map((m) => m[1] as string);
+};
+
+const twoSides = { attention: 1, ffn: 2 };
+/** A model whose experts are large enough for the matrix units, the shared one on two ranks too. */
+const mlps = (): string => {
+  const model = join(root, "mlps");
+  mkdirSync(model, { recursive: true });
+  const sizes = { hidden: 512, intermediate: 512, moeIntermediate: 256, shared: 512 };
+  writeFileSync(join(model, "config.json"), JSON.stringify(step3ConfigJson({ sizes })));
+  return model;
 };
 
 describe("kernels of the sample", () => {
@@ -85,6 +92,24 @@ describe("kernels of the sample", () => {
       expect(met).toHaveLength(1);
       expect(met[0]?.startsWith(kind) && met[0].endsWith("silu, mul, cast")).toBe(true);
     }
+  });
+
+  test("all of an MLP on one rank of several is one launch: experts, the shared one beside them, and the sum over both", async () => {
+    for (const precision of ["bf16", "fp8"] as const) {
+      const chains = (await kernelsOf(precision, mlps(), twoSides)).filter((about) => about.includes("combine"));
+      expect(chains).toHaveLength(1);
+      const [sides, down, sum, ...more] = (chains[0] as string).split(/, then (?=(?:scaled_)?(?:grouped_)?linear)/);
+      expect(more).toEqual([]);
+      const beside = (sides as string).split(" and ");
+      expect(beside.map((part) => [part.includes("grouped"), part.includes(" x 2 ")]).sort()).toEqual([
+        [false, true],
+        [true, true],
+      ]);
+      expect([down, sum].map((part) => part?.includes("grouped"))).toEqual([true, false]);
+    }
+    expect(
+      (await kernelsOf("int8", mlps(), twoSides)).filter((about) => / then (?:scaled_)?(?:grouped_)?linear/.test(about)),
+    ).toEqual([]);
   });
 
   test("experts are chosen by one kernel", async () => {
@@ -158,6 +183,18 @@ describe.skipIf(nvcc === undefined)(`emitted files compile${nvcc === undefined ?
         expect(list.length).toBeGreaterThan(3);
         expect(await compileAll(folder, list, arch)).toEqual([]);
       }
+    });
+
+  for (const precision of ["bf16", "fp8"] as const)
+    test(`all of an MLP in one launch, ${precision}`, { timeout: 600_000 }, async () => {
+      const bundle = join(root, `mlps-${precision}.s3`);
+      const options = { ...defaultOptions, attention: "cuda", ffn: "cuda", precision, kv: precision, weights: false };
+      await compile(mlps(), { ...options, ranks: twoSides, out: bundle }, silent);
+      const folder = join(bundle, "programs", "ffn");
+      const files = readdirSync(folder).filter((name) => name.endsWith(".cu"));
+      const chains = files.filter((name) => /hopper::Stage<\w+, 2>/.test(readFileSync(join(folder, name), "utf8")));
+      expect(chains).toHaveLength(1);
+      expect(await compileAll(folder, chains, "sm_90a")).toEqual([]);
     });
 
   const large: readonly (readonly [arch: string, calls: readonly string[]])[] = [

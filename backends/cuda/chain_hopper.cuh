@@ -1,4 +1,5 @@
-// Contractions on Hopper of which the later ones need all that the earlier ones give, in one launch: stages, with all blocks meeting between them.
+// Contractions on Hopper of which the later ones need all that the earlier ones give, in one launch: stages, with all blocks meeting between them. They
+// are as many as run at once, and a cooperative launch, so that no other launch keeps some of them waiting.
 //
 // What a stage does is dealt out to couples as in contract_hopper.cuh, and for all stages at once, before the first: it depends on rows alone. While the
 // blocks wait for each other, the lines of weights that the next stage begins with are already on their way. A stage may have several problems, of
@@ -11,9 +12,9 @@
 
 namespace s3::hopper {
 
-template <class Finish_, int Many>
+template <class Results, int Many>
 struct Stage {
-  using Finish = Finish_;
+  using Finish = Results;
   static constexpr int many = Many, weights = Finish::pairs ? 2 : 1;
   Work<Many> work;
   Finish finish;
@@ -50,7 +51,7 @@ __device__ __forceinline__ void each_stage(const Body &body) {
   each_of(std::make_integer_sequence<int, Stages::length>{}, body);
 }
 
-/// Matrices or segments of a problem at most, problems of a stage, and blocks of a couple: linear.ts knows the first.
+/// Matrices or segments of a problem at most, and problems of a stage, as chain.ts knows; blocks of a couple.
 constexpr int most_chained = 48, most_problems = 2;
 constexpr uint32_t chained_together = 2;
 
@@ -93,7 +94,7 @@ __global__ void __launch_bounds__(contract_threads, 1) chain_kernel(const __grid
       if (warp == i * most_problems + q) fetch_groups(stage.work.of[q], tables[i].of[q].groups, threadIdx.x % 32, 32);
   });
   __syncthreads();
-  if (warp < length) { // a warp deals for each stage, by the same instructions: there are many of them, each for once
+  if (warp < length) { // a warp for each stage, by the same instructions: they are many, and run once
     deal(tables[warp]);
     list_items(nullptr, tables[warp], 0);
   }

@@ -1,8 +1,8 @@
 // Contractions by the matrix units of Hopper: products of a warpgroup over weights packed as layout.ts packs them.
 //
 // Blocks of 128 columns of the result (128 lines of the weight: B of the products) meet tiles of up to 256 rows (A: 64 lines each), so that a thread
-// has two scales for all that it adds up of 64 rows. A thread brings lines of 128 bytes of weights through a ring in shared memory, a warp those of
-// rows, two warps the scales; two warpgroups multiply (multiply_hopper.cuh). deal_hopper.cuh says which block does what. Rows are taken where they lie;
+// has two scales for all that it adds up of 64 rows. Lines of 128 bytes of weights and rows, and scales, come through a ring in shared memory
+// (bring_hopper.cuh); two warpgroups multiply (multiply_hopper.cuh). deal_hopper.cuh says which block does what. Rows are taken where they lie;
 // those of experts, and rows that do not start at multiples of 16 bytes, are first gathered by a small kernel (pack_rows.cuh).
 //
 // Several weights that meet the same rows are done in one launch: the blocks of columns of one follow those of the other. Where the results of two

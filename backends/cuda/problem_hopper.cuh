@@ -66,7 +66,7 @@ struct Problem {
   }
 };
 
-/// Problems of as many steps, whose tiles are dealt out together.
+/// Problems with the same number of steps and weights of a tile, whose tiles are dealt out together.
 template <int Many>
 struct Work {
   static constexpr int many = Many;

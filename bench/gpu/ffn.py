@@ -9,18 +9,11 @@ of its type, the best of either that step3-bench measured in these runs.
 import glob
 import json
 import os
-import re
 import sys
 
 
 def work(cost, load):
     return cost["base"] + cost["row"] * load["rows"] + cost["expert"] * load["experts"] + cost["pair"] * load["pairs"]
-
-
-def weights_of(about):
-    """`2 x [3,5120,7168]` of what a kernel does."""
-    found = re.search(r" x (2 )?\w+(\[[\d,]+\])", about)
-    return f"{'2 x ' if found.group(1) else ''}{found.group(2)}" if found else about[:32]
 
 
 def main(folder):
@@ -40,15 +33,16 @@ def main(folder):
         peak = {unit: max(r["ceilings"].get(unit, 0) for r in reports.values()) for unit in ("bf16", "fp8", "int8")}
         print(f"{split}: reads {read / 1e9:.0f} GB/s, products fp8 {peak['fp8'] / 1e12:.0f} TFLOP/s; us and % of the floor")
         names = [k["name"] for k in next(iter(reports.values()))["kernels"] if "linear" in costs[k["name"]]["about"]]
-        columns = [f"{'grouped ' if 'grouped' in costs[n]['about'] else ''}{weights_of(costs[n]['about'])}" for n in names]
-        print(f"{'T':>6}" + "".join(f"{c:>30}" for c in columns))
+        for number, name in enumerate(names):
+            print(f"  ({number}) {costs[name]['about']}")
+        print(f"{'T':>6}" + "".join(f"{f'({number})':>20}" for number in range(len(names))))
         for tokens, report in sorted(reports.items()):
             line = f"{tokens:>6}"
             for name in names:
                 load = next(k for k in report["kernels"] if k["name"] == name)["full"]
                 cost, us = costs[name], load["time"]["median"] / 1000
                 floor = max(work(cost["bytes"], load) / read, work(cost["flops"], load) / (peak.get(cost["unit"]) or float("inf"))) * 1e6
-                line += f"{us:>21.1f} {100 * floor / us:>5.0f} % "
+                line += f"{us:>11.1f} {100 * floor / us:>5.0f} % "
             print(line)
         print()
 

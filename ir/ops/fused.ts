@@ -135,7 +135,7 @@ const samplesWith = (knowledge: Lookup): readonly Sample[] => {
 export const fusedWith = (knowledge: Lookup): Knowledge => ({
   name: "fused",
   summary:
-    "inputs... -> the outputs of its body: a row kernel of elementwise, reduce and spread ops, or one contraction and its epilogue",
+    "inputs... -> the outputs of its body: a row kernel of elementwise, reduce and spread ops, or contractions with what follows them",
   attrs: {},
   inputs: ["inputs..."],
   rowwise: "row",
