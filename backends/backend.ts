@@ -141,6 +141,7 @@ export {
   operandsOf,
   placeOf,
   quantisedColumns,
+  stagesOf,
 } from "./contraction.ts";
 export { perTokenOf, rowsText } from "./nest.ts";
 export { type Producers, producersOf, recognise } from "./recognise.ts";
