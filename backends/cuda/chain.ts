@@ -124,8 +124,8 @@ class Chain {
   /** of one attention rank */
   private readonly mostTokens: number;
   private readonly results: ReadonlySet<string>;
-  /** kept values: where they are packed, and by which choice of experts */
-  private readonly keptOf: Map<string, { readonly packed: string; readonly choice: string }> = new Map();
+  /** kept values: where they are packed, by which choice of experts, and the name of the scales packed with them */
+  private readonly keptOf: Map<string, { readonly packed: string; readonly choice: string; readonly scales: string }> = new Map();
   readonly between: Between;
 
   constructor(body: Graph, stages: readonly Stage[], unit: "E4m3" | "Bf16", mostTokens: number) {
@@ -151,8 +151,11 @@ class Chain {
     part: Contraction,
     most: number,
   ): string | { readonly packs: boolean; readonly packed: string; readonly choice: string } {
-    const { x, operand, inner, matrices, rowPerToken, w } = operandsOf(part);
+    const { x, operand, inner, matrices, rowPerToken, w, scaled } = operandsOf(part);
     const kept = this.keptOf.get(x.name);
+    const scales = scaled ? operand("xs").name : "";
+    const scalesKept = [...this.keptOf.values()].some((other) => scaled && other.scales === scales);
+    if (kept === undefined ? scalesKept : kept.scales !== scales) return "packed rows with the scales of others";
     if (!isGrouped(part)) {
       if (kept !== undefined) return "packed rows that all meet one matrix";
       if (this.mostTokens < leastQuantisedRows) return `a chain of ${this.mostTokens} rows, fewer than ${leastQuantisedRows}`;
@@ -207,7 +210,7 @@ class Chain {
       return "rows that cannot be packed as they are made";
     const lines = linesOf(columns, dtypeOf(values));
     const kept = this.between.keep(packed, most, matrices, lines, values, part.quantised?.scales);
-    this.keptOf.set(values.name, { packed: kept, choice });
+    this.keptOf.set(values.name, { packed: kept, choice, scales: part.quantised?.scales.name ?? "" });
     return { kept };
   }
 
@@ -322,7 +325,10 @@ const match = (op: Op, target: Target): KernelPlan | undefined => {
   };
 };
 
-/** The largest code and the one below it are 32 of 448 apart: that much of a product is off when one of its codes is rounded the other way. */
+/**
+ * A sum that is off in its last bits may round to the next code. Of the largest codes that is 32 of 448 off, and so is their part of a result: where 256
+ * or 512 are summed, up to 2^-7.6 of the largest result with 5 of 1536 codes changed. More are summed in larger layers, and each counts for less.
+ */
 const codesBetween: Inexact = {
   ofLargest: 2 ** -7,
   why: `${codeSums.why}, and codes between contractions are rounded from such sums`,
