@@ -94,11 +94,11 @@ using namespace s3;
 using namespace s3::hopper;
 
 using Looked = Table<48, 2>;
-/// Rows of each segment, or of each matrix, and blocks of columns.
+/// Rows of each segment, or of each matrix, blocks of columns, and steps.
 struct Given {
   bool direct;
   std::vector<int> counts;
-  int tiles;
+  int tiles, steps;
 };
 /// Steps of a row of a tile that a couple does.
 struct Seen {
@@ -117,13 +117,13 @@ static int faults = 0;
   } while (0)
 
 template <int Many>
-void trial(const std::vector<Given> &given, int steps, uint32_t weights, uint32_t couples) {
+void trial(const std::vector<Given> &given, uint32_t weights, uint32_t couples) {
   Work<Many> work{};
   Looked first{};
   for (int q = 0; q < Many; ++q) {
     Problem &p = work.of[q];
-    p.direct = given[q].direct, p.groups = given[q].counts.size(), p.tiles = given[q].tiles, p.steps = steps, p.blocks = weights == 2 ? 2 : 4, p.together = 2, p.parts = 1, p.dealt = true;
-    p.columns_first = int64_t(p.tiles) * steps * tile_bytes <= int64_t{16} << 20;
+    p.direct = given[q].direct, p.groups = given[q].counts.size(), p.tiles = given[q].tiles, p.steps = given[q].steps, p.blocks = weights == 2 ? 2 : 4, p.together = 2, p.parts = 1, p.dealt = true;
+    p.columns_first = int64_t(p.tiles) * p.steps * tile_bytes <= int64_t{16} << 20;
     int base = 0;
     for (size_t g = 0; g < given[q].counts.size(); ++g) {
       const int count = given[q].counts[g];
@@ -176,7 +176,7 @@ void trial(const std::vector<Given> &given, int steps, uint32_t weights, uint32_
             CHECK(i == 0 || pieces[i].couple == pieces[i - 1].couple + 1, "couples %u after %u", pieces[i].couple, pieces[i - 1].couple);
             at = pieces[i].last;
           }
-          CHECK(at == steps, "ends at %d of %d", at, steps);
+          CHECK(at == g.steps, "ends at %d of %d", at, g.steps);
         }
       base += g.direct ? 0 : (count + 7) / 8 * 8;
     }
@@ -188,20 +188,20 @@ int main(int argc, char **argv) {
   std::mt19937 random(argc > 2 ? std::atoi(argv[2]) : 1);
   const auto below = [&](int n) { return int(random() % unsigned(n)); };
   for (int t = 0; t < trials; ++t) {
-    const int steps = std::vector<int>{2, 3, 8, 16, 20, 40, 56}[below(7)];
+    const auto steps = [&] { return std::vector<int>{2, 3, 8, 16, 20, 40, 56}[below(7)]; };
     const uint32_t couples = std::vector<uint32_t>{1, 3, 12, 33, 66}[below(5)];
-    Given direct{true, {}, 1 + below(8)}, packed{false, {}, 1 + below(40)};
+    Given direct{true, {}, 1 + below(8), steps()}, packed{false, {}, 1 + below(40), steps()};
     for (int i = 1 + below(16); i > 0; --i) direct.counts.push_back(below(4) == 0 ? 0 : below(260));
     for (int i = 1 + below(t % 5 == 0 ? 24 : 6); i > 0; --i) packed.counts.push_back(below(4) == 0 ? 0 : below(300));
     const uint32_t weights = 1 + below(2);
     const int before = faults;
     switch (below(4)) {
-      case 0: trial<1>({direct}, steps, weights, couples); break;
-      case 1: trial<1>({packed}, steps, weights, couples); break;
-      case 2: trial<2>({direct, packed}, steps, weights, couples); break;
-      default: trial<2>({packed, direct}, steps, weights, couples);
+      case 0: trial<1>({direct}, weights, couples); break;
+      case 1: trial<1>({packed}, weights, couples); break;
+      case 2: trial<2>({direct, packed}, weights, couples); break;
+      default: trial<2>({packed, direct}, weights, couples);
     }
-    if (faults != before) std::printf("in trial %d: steps %d weights %u couples %u, %zu segments x %d tiles, %zu matrices x %d tiles\n", t, steps, weights, couples, direct.counts.size(), direct.tiles, packed.counts.size(), packed.tiles);
+    if (faults != before) std::printf("in trial %d: weights %u couples %u, %zu segments x %d tiles of %d steps, %zu matrices x %d tiles of %d\n", t, weights, couples, direct.counts.size(), direct.tiles, direct.steps, packed.counts.size(), packed.tiles, packed.steps);
   }
   std::printf("%d trials, %d faults\n", trials, faults);
   return faults != 0;

@@ -36,11 +36,43 @@ const mostScratch = 2 ** 31;
 interface Stage {
   readonly body: Graph;
   readonly parts: readonly Contraction[];
+  /** the one of them to which is added what experts of this stage give: sums of rows that have some wait until all of the stage is done */
+  readonly waits?: Contraction;
 }
 
 const partsOf = (op: Op, body: Graph): readonly Contraction[] | undefined => {
   const place = op.place === undefined ? {} : { place: op.place };
   return contractionsOf({ kind: "fused", attrs: {}, inputs: body.inputs, outputs: body.outputs, body, ...place });
+};
+
+const isGrouped = ({ contraction }: Contraction): boolean => contraction.kind.includes("grouped");
+
+/** Experts of a contraction, as a `combine` of their results names them: who is chosen, the first of them, and how many. */
+const choiceOf = ({ contraction }: Contraction, ids: Value, matrices: number): string =>
+  `${ids.name} ${(contraction.attrs.first as number | undefined) ?? 0} ${matrices}`;
+
+/**
+ * The stages, with the last one beside the experts before it where all that it needs of them is the sum over what they give. Most rows have none of a
+ * rank's few experts: they need not wait for those that do.
+ */
+const withoutWaiting = (stages: readonly Stage[]): readonly Stage[] => {
+  const [before, last] = stages.slice(-2);
+  const [experts, ...others] = before?.parts ?? [];
+  const [part, ...more] = last?.parts ?? [];
+  if (before === undefined || last === undefined || experts === undefined || part === undefined) return stages;
+  const [sum, ...sums] = part.combines;
+  if (others.length > 0 || more.length > 0 || sum === undefined || sums.length > 0 || !isGrouped(experts)) return stages;
+  const [y, ids] = sum.inputs as readonly [Value, Value];
+  const { operand, matrices } = operandsOf(experts);
+  const made = new Set(before.body.outputs.map((v) => v.name));
+  const read = [part.contraction, ...part.rest, ...part.combines].flatMap((o) => o.inputs).filter((v) => made.has(v.name));
+  if (read.length === 0 || read.some((v) => v.name !== y.name)) return stages;
+  const { first = 0, count } = sum.attrs as { readonly first?: number; readonly count?: number };
+  if (`${ids.name} ${first} ${count}` !== choiceOf(experts, operand("ids"), matrices)) return stages;
+  const inputs = [...new Map([...before.body.inputs, ...last.body.inputs].map((v) => [v.name, v])).values()];
+  const body: Graph = { ...before.body, inputs, ops: [...before.body.ops, ...last.body.ops], outputs: [...before.body.outputs, ...last.body.outputs] };
+  const waits = { ...part, inputs };
+  return [...stages.slice(0, -2), { body, parts: [{ ...experts, inputs }, waits], waits }];
 };
 
 /** What stays between stages, where it lies in scratch, and how a launcher spells it. */
@@ -70,6 +102,12 @@ class Between {
     const at = this.take(rows * columns * dtypeBytes(dtypeOf(v)));
     this.made.push({ type: storage[dtypeOf(v)], name, at, note: typeText(v.type) });
   }
+  /** sums of rows that wait; the name of them */
+  wait(rows: number, columns: number): string {
+    const name = `waiting${this.made.length}`;
+    this.made.push({ type: "float", name, at: this.take(rows * columns * 4), note: `f32[${rows},${columns}] at most` });
+    return name;
+  }
   /** rows packed by the matrix that they meet; the name of it */
   pack(rows: number, matrices: number, lines: number, scales: number): string {
     const name = `packed${this.packed.length}`;
@@ -90,10 +128,11 @@ class Between {
 /** Why contractions cannot be a chain, whatever lies between them; undefined when they can. */
 const unsuited = (stages: readonly Stage[], isWeight: (v: Value) => boolean): string | undefined => {
   if (stages.length > mostStages) return `${stages.length} contractions one after the other`;
-  for (const { parts } of stages) {
+  for (const { parts, waits } of stages) {
     if (parts.length > mostProblems) return `${parts.length} contractions beside each other in a chain`;
-    if (parts.length > 1 && parts.some((p) => p.combines.length > 0)) return "a sum over experts beside another contraction";
-    const kinds = parts.map((p) => [p.partner !== undefined, p.quantised !== undefined, operandsOf(p).inner].join());
+    if (parts.length > 1 && parts.some((p) => p.combines.length > 0 && p !== waits))
+      return "a sum over experts beside another contraction";
+    const kinds = parts.map((p) => [p.partner !== undefined, p.quantised !== undefined].join());
     if (new Set(kinds).size > 1) return "different contractions beside each other in a chain";
   }
   const multiplied = multipliedOf(stages.flatMap(({ parts }) => parts)).map(operandsOf);
@@ -113,8 +152,6 @@ const unitOfAll = (stages: readonly Stage[]): "E4m3" | "Bf16" | undefined => {
   const [unit, ...others] = [...new Set(units)];
   return others.length === 0 && (unit === "E4m3" || unit === "Bf16") ? unit : undefined;
 };
-
-const isGrouped = ({ contraction }: Contraction): boolean => contraction.kind.includes("grouped");
 
 /** A launch while it is put together. Methods say in words why it cannot be. */
 class Chain {
@@ -162,11 +199,10 @@ class Chain {
       if ((inner * dtypeBytes(dtypeOf(w))) % 16 !== 0) return `a chain with rows of ${inner}`;
       return { packs: false, packed: "", choice: "" };
     }
-    const { owned, first = 0 } = part.contraction.attrs as { readonly owned?: boolean; readonly first?: number };
-    if (owned !== true) return "a chain with experts that are not there";
+    if (part.contraction.attrs.owned !== true) return "a chain with experts that are not there";
     if (matrices > mostMatrices) return `${matrices} experts in a chain, more than ${mostMatrices}`;
     if (this.inputIndex(operand("ids")) < 0) return "a chain that chooses experts";
-    const choice = `${operand("ids").name} ${first} ${matrices}`;
+    const choice = choiceOf(part, operand("ids"), matrices);
     if (kept !== undefined)
       return kept.choice === choice && !rowPerToken
         ? { packs: false, packed: kept.packed, choice }
@@ -255,7 +291,7 @@ class Chain {
   }
 
   stage(number: number, target: Target): string | KernelContext {
-    const { body, parts } = this.stages[number] as Stage;
+    const { body, parts, waits } = this.stages[number] as Stage;
     if (body.inputs.some((v) => this.results.has(v.name))) return "a chain that reads what it writes for others";
     const problems: KernelContext[] = [];
     const keeping = new Map<Contraction, string>();
@@ -272,7 +308,7 @@ class Chain {
       const index = input >= 0 ? input : this.body.inputs.length + result;
       return { value: within ? (this.between.nameOf(v) as string) : `argument<${type}>(c, ${index})`, within };
     };
-    const finish = finishOf(parts, body.outputs, target, pointerOf, (part) => keeping.has(part));
+    const finish = finishOf(parts, body.outputs, target, pointerOf, (part) => keeping.has(part), waits);
     if (finish === undefined) return "an epilogue that does not lie along its sums";
     const about = parts.map((part) => aboutContraction(part, operandsOf(part).x, operandsOf(part).w)).join(" and ");
     const [kept] = keeping.values();
@@ -283,6 +319,7 @@ class Chain {
       many: parts.length,
       unit: this.unit,
       places: kept === undefined ? "" : `${kept}.places`,
+      waiting: waits === undefined ? "" : this.between.wait(this.mostTokens * mostSegments, operandsOf(waits).columns),
     };
   }
 }
@@ -290,13 +327,14 @@ class Chain {
 const match = (op: Op, target: Target): KernelPlan | undefined => {
   const { body } = op;
   if (op.kind !== "fused" || body === undefined || target.arch !== "sm_90a" || !op.place?.startsWith("ffn")) return undefined;
-  const stages: Stage[] = [];
+  const found: Stage[] = [];
   for (const stage of stagesOf(body) ?? []) {
     const parts = partsOf(op, stage);
     if (parts === undefined) return undefined;
-    stages.push({ body: stage, parts });
+    found.push({ body: stage, parts });
   }
-  if (stages.length === 0) return undefined;
+  if (found.length === 0) return undefined;
+  const stages = withoutWaiting(found);
   const isWeight = (v: Value): boolean => {
     const outer = op.inputs[body.inputs.findIndex((i) => i.name === v.name)];
     return outer !== undefined && (target.isWeight?.(outer) ?? true);

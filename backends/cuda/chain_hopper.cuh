@@ -5,6 +5,9 @@
 // blocks wait for each other, the lines of weights that the next stage begins with are already on their way. A stage may have several problems, of
 // which each has rows and weights of its own: experts and what all rows meet. Results for a contraction of the same packed rows are packed when they
 // are made (Problem::keeps).
+//
+// What all rows meet last is added to what experts gave, of whom a rank has a few: most rows have none. It is multiplied beside the experts' last
+// contraction; sums of rows that have some are left in scratch, and completed when all blocks have met (Finish::waits, complete).
 #pragma once
 #include <utility>
 
@@ -64,7 +67,31 @@ __device__ __forceinline__ void wait_for_blocks(const uint32_t *arrived) {
   fence_async_global();
 }
 
-/// `arrived`: blocks that have done each stage; zeros, before and after.
+/// Results of rows whose sums have waited for what experts gave, who have all of it now: those of the packed rows of problem `p`, which `groups` are of.
+template <class Finish>
+__device__ __forceinline__ void complete(const Finish &finish, const Problem &p, const Group *groups) {
+  constexpr int together = 8, warps_of_block = 8;
+  constexpr uint32_t chunks = ceil_div(Finish::columns, tile_columns);
+  const uint32_t warps = warps_of_block * gridDim.x;
+  uint32_t next = warps_of_block * blockIdx.x + threadIdx.x / 32 - (contract_threads / 32 - warps_of_block);
+#pragma unroll 1
+  for (int32_t matrix = 0; matrix < p.groups; ++matrix) {
+    const Group group = groups[matrix];
+    const uint32_t units = ceil_div(group.count, together) * chunks;
+#pragma unroll 1
+    for (; next < units; next += warps) {
+      const int32_t first = static_cast<int32_t>(next / chunks) * together;
+      const int64_t column = next % chunks * tile_columns + threadIdx.x % 32 * 4;
+      int32_t pairs[together];
+#pragma unroll
+      for (int i = 0; i < together; ++i) pairs[i] = first + i < group.count ? p.packed.targets[group.base + first + i] : -1;
+      if (column < Finish::columns) finish.complete(pairs, column);
+    }
+    next -= units;
+  }
+}
+
+/// `arrived`: blocks that have done each stage, and those that have ended; zeros, before and after.
 template <class O, class Stages>
 __global__ void __launch_bounds__(contract_threads, 1) chain_kernel(const __grid_constant__ Stages stages, uint32_t *arrived) {
   extern __shared__ uint8_t shared_memory[];
@@ -131,17 +158,21 @@ __global__ void __launch_bounds__(contract_threads, 1) chain_kernel(const __grid
         multiplier.item(items.item(), 0);
         at = multiplier.at;
       }
-      if constexpr (i + 1 < length) {
+      if constexpr (i + 1 < length || Own::Finish::waits) {
         fence_async_global();
         __threadfence();
         meet(5, 256);
         if (threadIdx.x == 128) add_at(arrived + i, 1);
       }
+      if constexpr (Own::Finish::waits) {
+        wait_for_blocks(arrived + i);
+        complete(stage.finish, stage.work.of[0], tables[i].of[0].groups);
+      }
     });
   }
   meet_cluster(); // others may still arrive at this block's barriers
-  if (threadIdx.x == 0 && add_at(arrived + length - 1, 1) + 1 == gridDim.x)
-    for (int i = 0; i < length; ++i) arrived[i] = 0; // nobody waits any more
+  if (threadIdx.x == 0 && add_at(arrived + length, 1) + 1 == gridDim.x)
+    for (int i = 0; i <= length; ++i) arrived[i] = 0; // nobody waits any more
 }
 
 /// Packs the rows of experts, of which there is room for `window`.

@@ -136,6 +136,23 @@ struct ChosenPairs {
     }
   }
 };
+/// Whether a token has pairs with experts first .. end - 1.
+template <int Choices>
+__device__ __forceinline__ bool has_pairs(const int32_t *ids, int32_t first, int32_t end, int32_t token) {
+  bool some = false;
+#pragma unroll
+  for (int j = 0; j < Choices; ++j) {
+    const int32_t expert = ids[int64_t{token} * Choices + j];
+    some |= expert >= first && expert < end;
+  }
+  return some;
+}
+/// Brings what that reads into the cache of the processor.
+template <int Choices>
+__device__ __forceinline__ void prefetch_ids(const int32_t *ids, int32_t token) {
+  const int32_t *const own = ids + int64_t{token} * Choices;
+  asm volatile("prefetch.global.L1 [%0];\nprefetch.global.L1 [%1];" ::"l"(own), "l"(own + Choices - 1));
+}
 /// Brings what `add_pairs` will read of a token's pairs into the cache of the processor: columns `column` .. column + 127 of those that there are.
 template <int Choices>
 __device__ __forceinline__ void prefetch_pairs(const float *y, int64_t columns, const int32_t *ids, int32_t first, int32_t end, int32_t token, int64_t column) {
@@ -208,7 +225,7 @@ struct SumOf<int8_t> { using type = int32_t; };
 constexpr int plain_warps = 8, plain_columns = 4 * plain_warps;
 
 /// A warp for four columns of a row: its lanes take every 32nd k, and add up what they have in a fixed order. Finish has
-/// `row_of(row)` and `beside(which, of_row, column, count)`, which read what else there is, and `(which, of_row, column, sums[4], beside, count)`, which
+/// `row_of(which, row)` and `beside(which, of_row, column, count)`, which read what else there is, and `(which, of_row, column, sums[4], beside, count)`, which
 /// turns sums into results; `which` of several weights: here there is one.
 template <bool Scaled, class X, class W, class Finish>
 __global__ void __launch_bounds__(32 * plain_warps) plain_kernel(Contraction d, Rows rows, Choice choice, const X *x, const float *xs, const W *w, const float *ws, Finish finish) {
@@ -247,7 +264,7 @@ __global__ void __launch_bounds__(32 * plain_warps) plain_kernel(Contraction d, 
         for (int other = 16; other > 0; other /= 2) sums[i] += __shfl_xor_sync(0xFFFFFFFFu, sums[i], other);
     }
     if (lane == 0 && (matrix >= 0 || choice.zeros)) {
-      const auto of_row = finish.row_of(static_cast<int32_t>(row));
+      const auto of_row = finish.row_of(0, static_cast<int32_t>(row));
       finish(0, of_row, column, sums, finish.beside(0, of_row, column, count), count);
     }
   }

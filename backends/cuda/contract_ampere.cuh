@@ -336,7 +336,7 @@ struct Multiplier {
   __device__ __forceinline__ void finish_four(const Item &item, int32_t row, int32_t column, const Four<Sum> &sums) {
     if (row >= item.end || column >= p.columns) return;
     const int count = min(4, p.columns - column);
-    const typename Finish::Row target = finish.row_of(p.x != nullptr ? row : p.packed.targets[row]);
+    const typename Finish::Row target = finish.row_of(0, p.x != nullptr ? row : p.packed.targets[row]);
     const typename Finish::Beside beside = finish.beside(0, target, int64_t{column}, count);
     float scaled[4];
 #pragma unroll
@@ -379,7 +379,7 @@ __global__ void __launch_bounds__(32 * O::warps, 2) contract_kernel(const __grid
   const float zeros[4] = {};
   for (int32_t row = blockIdx.x; row < none.count; row += gridDim.x)
     for (uint32_t four = threadIdx.x; four < fours; four += blockDim.x) {
-      const typename Finish::Row target = finish.row_of(p.packed.targets[none.base + row]);
+      const typename Finish::Row target = finish.row_of(0, p.packed.targets[none.base + row]);
       const int64_t column = 4 * four;
       const int count = min(4, p.columns - static_cast<int32_t>(column));
       finish(0, target, column, zeros, finish.beside(0, target, column, count), count);

@@ -54,14 +54,14 @@ struct Table {
   struct Of {
     Group groups[Matrices + 1];   // rows of each matrix, and of none, or of each segment
     int32_t before[Matrices + 1]; // items before those of each matrix, or rows before those of each segment, where segments take whole eights
-    int32_t count, tiles;         // matrices or segments, and blocks of columns of each
+    int32_t count, tiles, steps;  // matrices or segments, blocks of columns of each, and steps of an item
     bool direct, columns_first;   // as the problem has them
     int32_t rows, first_item;     // rows of segments in such eights; items before those of the problem
 
     /// The segment that has row `row` of those in eights.
     __device__ __forceinline__ int32_t segment_of(int32_t segments, int32_t row) const { return last_until(before, segments, row); }
   } of[Many];
-  int32_t problems, steps, most; // problems, their steps, 64s of rows of a tile at most
+  int32_t problems, steps, most; // problems, steps of the longest, 64s of rows of a tile at most
   uint32_t weights;              // of a tile
   bool step_scales, dealt;
   int32_t blocks;                // 64s of rows that tiles are cut to
@@ -74,9 +74,13 @@ struct Table {
   template <int Own>
   __device__ __forceinline__ void begin(const Work<Own> &work, uint32_t of_tile, bool scales_of_steps, const RingSize &size = {}) {
     const Problem &p = work.of[0];
-    problems = Own, steps = p.steps, most = p.blocks, weights = of_tile, step_scales = scales_of_steps, dealt = p.dealt, ring = size;
+    problems = Own, steps = 0, most = p.blocks, weights = of_tile, step_scales = scales_of_steps, dealt = p.dealt, ring = size;
 #pragma unroll
-    for (int q = 0; q < Own; ++q) of[q].count = work.of[q].groups, of[q].tiles = work.of[q].tiles, of[q].direct = work.of[q].direct, of[q].columns_first = work.of[q].columns_first;
+    for (int q = 0; q < Own; ++q) {
+      const Problem &own = work.of[q];
+      of[q].count = own.groups, of[q].tiles = own.tiles, of[q].steps = own.steps, of[q].direct = own.direct, of[q].columns_first = own.columns_first;
+      steps = max(steps, own.steps);
+    }
   }
 };
 
@@ -101,7 +105,7 @@ struct Lengths {
   __device__ __forceinline__ uint32_t step(int32_t blocks, Common common) const {
     return max((step_moves(weights, blocks) * 9 >> 6) + 1, common == Common::rows ? 8 * weights + 2 * blocks + 2 : 4 * weights + 4 * blocks + 2);
   }
-  __device__ __forceinline__ uint32_t end(int32_t blocks) const { return 24 * weights * blocks + 48; }
+  __device__ __forceinline__ uint32_t end(int32_t blocks) const { return weights == 1 ? 20 * blocks + 16 : 48 * blocks + 48; }
 };
 
 /// How rows of one matrix are cut into tiles, and what couples share of them, so that they take the least time.
@@ -146,10 +150,10 @@ __device__ __forceinline__ void deal(Table &table) {
     until[q] = matrices += of.direct ? 1 : of.count;
   }
   struct Matrix {
-    int32_t problem, number, rows, tiles;
+    int32_t problem, number, rows, tiles, steps;
   };
   const auto matrix_of = [&](int32_t index) {
-    Matrix m{0, index, 0, 0};
+    Matrix m{0, index, 0, 0, 0};
 #pragma unroll
     for (int q = 0; q + 1 < Table::many; ++q)
       if (q + 1 < many && index >= until[q]) m.problem = q + 1, m.number = index - until[q];
@@ -158,11 +162,11 @@ __device__ __forceinline__ void deal(Table &table) {
     for (int q = 1; q < Table::many; ++q)
       if (m.problem == q) rows = rows_of[q];
     const typename Table::Of &of = table.at(m.problem);
-    m.rows = of.direct ? rows : of.groups[m.number].count, m.tiles = of.tiles;
+    m.rows = of.direct ? rows : of.groups[m.number].count, m.tiles = of.tiles, m.steps = of.steps;
     return m;
   };
-  const auto length_of = [&](const Cuts &cuts, int32_t blocks) { return steps * lengths.step(blocks, cuts.common) + lengths.end(blocks); };
-  const auto row_items_length = [&](const Cuts &cuts) { return cuts.count == 0 ? 0 : (cuts.row_items - 1) * length_of(cuts, cuts.blocks) + length_of(cuts, cuts.last); };
+  const auto length_of = [&](const Matrix &m, const Cuts &cuts, int32_t blocks) { return m.steps * lengths.step(blocks, cuts.common) + lengths.end(blocks); };
+  const auto row_items_length = [&](const Matrix &m, const Cuts &cuts) { return cuts.count == 0 ? 0 : (cuts.row_items - 1) * length_of(m, cuts, cuts.blocks) + length_of(m, cuts, cuts.last); };
   const auto cuts_of = [&](const Matrix &m, int32_t cut) { return Cuts(lengths, m.rows, cut, m.tiles); };
   // the cut that is done first
   const uint32_t couples = clusters(), couple = cluster_of_block();
@@ -170,7 +174,10 @@ __device__ __forceinline__ void deal(Table &table) {
     uint32_t items, length, largest, time; // `largest`: 64s of rows
   } best{0, 0, 1, UINT32_MAX};
   int32_t best_cut = 1;
-  const auto add = [&](Sums &to, const Cuts &cuts) { to = {to.items + cuts.items(), to.length + cuts.columns * row_items_length(cuts), max(to.largest, cuts.blocks), 0}; };
+  const auto add = [&](Sums &to, const Matrix &m, int32_t cut) {
+    const Cuts cuts = cuts_of(m, cut);
+    to = {to.items + cuts.items(), to.length + cuts.columns * row_items_length(m, cuts), max(to.largest, cuts.blocks), 0};
+  };
   const auto time_of = [&](const Sums &sums) {
     if (sums.items > couples && steps >= Lengths::least_cut) return quotient_of(sums.length, couples) + 1;
     return quotient_of(sums.items + couples - 1, couples) * (steps * lengths.step(sums.largest, Common::weights) + lengths.end(sums.largest));
@@ -178,7 +185,7 @@ __device__ __forceinline__ void deal(Table &table) {
   if (matrices <= 8) { // cuts side by side
     static_assert(most_blocks == 4);
     Sums sums{0, 0, 1, 0};
-    if (lane % 8 < matrices) add(sums, cuts_of(matrix_of(lane % 8), max(most - lane / 8, 1)));
+    if (lane % 8 < matrices) add(sums, matrix_of(lane % 8), max(most - lane / 8, 1));
     for (int by = 1; by < 8; by *= 2)
       sums = {sums.items + __shfl_xor_sync(0xFFFFFFFFu, sums.items, by), sums.length + __shfl_xor_sync(0xFFFFFFFFu, sums.length, by),
               max(sums.largest, __shfl_xor_sync(0xFFFFFFFFu, sums.largest, by)), 0};
@@ -188,7 +195,7 @@ __device__ __forceinline__ void deal(Table &table) {
   } else {
     for (int32_t cut = most; cut > 0; --cut) {
       Sums sums{0, 0, 1, 0};
-      for (int32_t index = lane; index < matrices; index += 32) add(sums, cuts_of(matrix_of(index), cut));
+      for (int32_t index = lane; index < matrices; index += 32) add(sums, matrix_of(index), cut);
       sums = {__reduce_add_sync(0xFFFFFFFFu, sums.items), __reduce_add_sync(0xFFFFFFFFu, sums.length), __reduce_max_sync(0xFFFFFFFFu, sums.largest), 0};
       sums.time = time_of(sums);
       if (sums.time < best.time) best = sums, best_cut = cut;
@@ -202,10 +209,10 @@ __device__ __forceinline__ void deal(Table &table) {
   if (items > couples) share = {items, items, 0, 0};
   for (int32_t first = 0; first < matrices; first += 32) {
     const int32_t index = first + lane;
-    const Matrix matrix = index < matrices ? matrix_of(index) : Matrix{0, 0, 0, 1};
+    const Matrix matrix = index < matrices ? matrix_of(index) : Matrix{0, 0, 0, 1, 1};
     const bool columns_first = table.at(matrix.problem).columns_first;
     const Cuts cuts = cuts_of(matrix, best_cut);
-    const uint32_t own_items = cuts.items(), own_length = cuts.columns * row_items_length(cuts);
+    const uint32_t own_items = cuts.items(), own_length = cuts.columns * row_items_length(matrix, cuts);
     const uint32_t item_sum = item_before + sum_to_lane(own_items), length_sum = length_before + sum_to_lane(own_length);
     if (index < matrices) {
       if (matrix.number == 0) table.of[matrix.problem].first_item = item_sum - own_items;
@@ -220,13 +227,13 @@ __device__ __forceinline__ void deal(Table &table) {
         int32_t step = 0;
         if (here) {
           uint32_t left = at - (length_sum - own_length);
-          const uint32_t whole = length_of(cuts, cuts.blocks), last = length_of(cuts, cuts.last);
+          const uint32_t whole = length_of(matrix, cuts, cuts.blocks), last = length_of(matrix, cuts, cuts.last);
           uint32_t column, row_item;
           if (columns_first) {
             row_item = min(quotient_of(left, cuts.columns * whole), static_cast<uint32_t>(cuts.row_items - 1)), left -= row_item * cuts.columns * whole;
             column = quotient_of(left, row_item + 1 == cuts.row_items ? last : whole);
           } else {
-            column = quotient_of(left, row_items_length(cuts)), left -= column * row_items_length(cuts);
+            column = quotient_of(left, row_items_length(matrix, cuts)), left -= column * row_items_length(matrix, cuts);
             row_item = min(quotient_of(left, whole), static_cast<uint32_t>(cuts.row_items - 1));
           }
           const bool is_last = row_item + 1 == cuts.row_items;
@@ -234,9 +241,9 @@ __device__ __forceinline__ void deal(Table &table) {
           left -= columns_first ? column * item_length : row_item * whole;
           item = item_sum - own_items + (columns_first ? row_item * cuts.columns + column : column * cuts.row_items + row_item);
           step = static_cast<int32_t>(quotient_of(left, lengths.step(is_last ? cuts.last : cuts.blocks, cuts.common))) / 2 * 2;
-          const bool most = steps < Lengths::least_cut ? 2 * left >= item_length : step > steps - Lengths::least_steps;
+          const bool whole_items = matrix.steps < Lengths::least_cut, most = whole_items ? 2 * left >= item_length : step > matrix.steps - Lengths::least_steps;
           if (most) ++item;
-          if (most || steps < Lengths::least_cut || step < Lengths::least_steps) step = 0;
+          if (most || whole_items || step < Lengths::least_steps) step = 0;
         }
         const uint32_t holders = __ballot_sync(0xFFFFFFFFu, here);
         if (holders == 0) continue;
@@ -273,10 +280,9 @@ __device__ __forceinline__ Item known_item(const Problem &p, const Table &table)
 template <class Table>
 __device__ __forceinline__ Item dealt_item(const Table &table, uint32_t n) {
   const Share share = table.share;
-  const int32_t steps = table.steps;
   const bool begins = share.first_step > 0, ends = share.last_step > 0;
   uint32_t index = share.first + n + begins - ends;
-  int32_t from = 0, to = steps;
+  int32_t from = 0, to = INT32_MAX;
   // the first steps of the last one come first, since the next couple needs them at its end
   if (share.first == share.last) index = share.first, from = share.first_step, to = share.last_step;
   else if (ends && n == 0) index = share.last, to = share.last_step;
@@ -293,8 +299,8 @@ __device__ __forceinline__ Item dealt_item(const Table &table, uint32_t n) {
   const int32_t inner = of.columns_first ? cuts.columns : cuts.row_items, outer = quotient_of(local, inner);
   const int32_t column = of.columns_first ? local - outer * inner : outer, row_item = of.columns_first ? outer : local - outer * inner;
   const int32_t other_rows = cuts.common == Common::weights ? 2 : 1, other_tiles = 3 - other_rows, number = block_of_cluster();
-  Item own = item_of(problem, matrix, column * other_tiles + (other_tiles - 1) * number, g, (row_item * other_rows + (other_rows - 1) * number) * most, most, steps);
-  own.first = from, own.last = to, own.resumes = from > 0, own.leaves = to < steps;
+  Item own = item_of(problem, matrix, column * other_tiles + (other_tiles - 1) * number, g, (row_item * other_rows + (other_rows - 1) * number) * most, most, of.steps);
+  own.first = from, own.last = min(to, of.steps), own.resumes = from > 0, own.leaves = to < of.steps;
   own.common = cuts.common, own.alone = cuts.row_items == 1;
   return own;
 }

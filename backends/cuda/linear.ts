@@ -120,7 +120,7 @@ export interface Pointer {
 
 /**
  * What contraction_results.hbs makes results of sums with; undefined when an epilogue does not fit. `kept`: of which parts the results are packed as
- * their rows are. All parts have the same inputs.
+ * their rows are. `waits`: the part whose sums of rows with experts' results wait for these. All parts have the same inputs.
  */
 export const finishOf = (
   parts: readonly Contraction[],
@@ -128,6 +128,7 @@ export const finishOf = (
   target: Target,
   pointerOf: (v: Value, type: string) => Pointer,
   kept: (part: Contraction) => boolean = () => false,
+  waits?: Contraction,
 ): KernelContext | undefined => {
   const sizes = parts.map(operandsOf);
   const epilogues = parts.map((part, i) =>
@@ -151,6 +152,7 @@ export const finishOf = (
     groups: Math.ceil(columns / quantisedColumns),
     quantisedColumns,
     kept: kept(parts[i] as Contraction),
+    waits: waits !== undefined && parts[i] === waits,
     alike,
     ...(epilogues[i] as Epilogue),
   }));
@@ -162,6 +164,7 @@ export const finishOf = (
     weights,
     valued: alike ? weights.slice(0, 1) : weights,
     combines: epilogues.flatMap((e) => e.combines),
+    waits: weights.filter((w) => w.waits).map((w) => ({ ...(w.combines[0] as KernelContext), number: w.number }))[0] ?? false,
     pairs: parts[0]?.partner !== undefined,
     quantises: parts[0]?.quantised !== undefined,
     keeps: parts.some(kept),

@@ -130,7 +130,7 @@ struct Multiplier {
       const Group none = p.zeros ? table.of[0].groups[p.groups] : Group{0, 0};
       const Scaled zeros{};
       for (int32_t place = blockIdx.x; place < none.count; place += gridDim.x) {
-        const auto row = finish.row_of(p.packed.targets[none.base + place]);
+        const auto row = finish.row_of(0, p.packed.targets[none.base + place]);
         for (int which = 0; which < p.weights; which += weights)
           for (int32_t column = 4 * (threadIdx.x - 128); column < p.w[which].columns; column += 4 * 256) {
             const int count = min(4, p.w[which].columns - column);
@@ -148,9 +148,11 @@ struct Multiplier {
     Targets<Blocks> targets{};
     if (parts == 1) {
       look_up<Blocks>(item, targets);
-      if constexpr (Finish::combines)
+      if constexpr (Finish::prefetches) {
+        const Columns columns = columns_of(item);
         for (const int32_t target : targets)
-          if (target >= 0 && !item.leaves) finish.prefetch_beside(target, columns_of(item).first);
+          if (target >= 0 && !item.leaves) finish.prefetch(columns.which, target, columns.first);
+      }
     }
     if (item.resumes) {
       fetch<Blocks>(sums);
@@ -333,7 +335,7 @@ struct Multiplier {
     }
     finish.beside(columns.which, rows, from, count, read);
   }
-  __device__ __forceinline__ Row row_of(int32_t target) const { return finish.row_of(max(target, 0)); }
+  __device__ __forceinline__ Row row_of(const Columns &columns, int32_t target) const { return finish.row_of(columns.which, max(target, 0)); }
   /// Rows of the result that a warp's rows belong to: lane l has rows l % 16 of its sets 2n + l / 16.
   template <int Blocks>
   using Targets = int32_t[(row_sets<Blocks> + 1) / 2];
@@ -457,7 +459,7 @@ struct Multiplier {
   __device__ __forceinline__ void store(Sum (&sums)[sets<Blocks>][width<Blocks> / 2], const Item &item, const Columns &columns, const Targets<Blocks> &own) const {
     Row own_rows[(row_sets<Blocks> + 1) / 2];
 #pragma unroll
-    for (int n = 0; n < (row_sets<Blocks> + 1) / 2; ++n) own_rows[n] = row_of(own[n]);
+    for (int n = 0; n < (row_sets<Blocks> + 1) / 2; ++n) own_rows[n] = row_of(columns, own[n]);
     if constexpr (Finish::quantises) {
 #pragma unroll 1
       for (int r = 0; r < row_sets<Blocks>; ++r) {
@@ -593,7 +595,7 @@ struct Multiplier {
         if (unit + u * p.parts >= units) break;
         const int s = static_cast<int>((unit + u * p.parts) / eights), row = item.row + line<Blocks>(s);
         const int32_t targets[2] = {row < item.end ? row : -1, row + 8 < item.end ? row + 8 : -1}; // rows are taken as they are
-        const Row rows[2] = {row_of(targets[0]), row_of(targets[1])};
+        const Row rows[2] = {row_of(columns, targets[0]), row_of(columns, targets[1])};
         Fours fours[1][2];
         exchange(eight[u], 8, fours[0]);
         finish_eights<Blocks, false>(item, columns, row, targets, rows, 2 * static_cast<int>((unit + u * p.parts) % eights), fours);
