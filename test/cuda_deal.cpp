@@ -132,7 +132,7 @@ void trial(const std::vector<Given> &given, uint32_t weights, uint32_t couples) 
     }
     if (!given[q].direct) first.of[q].groups[given[q].counts.size()] = {base, 0};
   }
-  first.begin(work, weights, true);
+  first.begin(work, weights, weights == 1 ? turned_bytes : 0, true);
   all_clusters = couples;
   // (problem, matrix, tile, row) -> pieces
   std::map<std::tuple<int, int, int, int>, std::vector<Seen>> seen;
@@ -148,7 +148,7 @@ void trial(const std::vector<Given> &given, uint32_t weights, uint32_t couples) 
         const Item item = dealt_item(table, n);
         const Given &g = given[item.problem];
         CHECK(item.blocks <= (weights == 2 ? 2 : 4), "blocks %d", item.blocks);
-        CHECK(RingSize::of(item.blocks, true, weights).stage_bytes <= table.ring.stage_bytes && table.ring.stages >= 4, "ring of %u for %d blocks", table.ring.stage_bytes, item.blocks);
+        CHECK(RingSize::of(item.blocks, true, weights, first.turned).stage_bytes <= table.ring.stage_bytes && table.ring.stages >= 4, "ring of %u for %d blocks", table.ring.stage_bytes, item.blocks);
         if (item.tile >= g.tiles) continue; // keeps in step
         for (int row = item.row; row < item.end; ++row) seen[{item.problem, item.matrix, item.tile, row}].push_back({item.first, item.last, couple, item.resumes, item.leaves});
       }

@@ -107,7 +107,8 @@ __global__ void __launch_bounds__(contract_threads, 1) chain_kernel(const __grid
   init_barriers<O>(full[0], empty[0], length * most_stages, chained_together);
   each_stage<Stages>([&](auto i) {
     const auto &stage = stage_of<i>(stages);
-    if (threadIdx.x == 32 * (i + 1)) tables[i].begin(stage.work, std::decay_t<decltype(stage)>::weights, O::step_scales);
+    using Own = std::decay_t<decltype(stage)>;
+    if (threadIdx.x == 32 * (i + 1)) tables[i].begin(stage.work, Own::weights, turned_of<typename Own::Finish>, O::step_scales);
   });
   arrive_with_barriers();
   const auto prefetch_of = [&](const auto &work, uint32_t thread) {

@@ -56,10 +56,10 @@ __global__ void __launch_bounds__(contract_threads, 1) contract_kernel(const __g
 
   const bool clustered = p.together * p.parts > 1;
   const uint32_t part = block_of_cluster() / p.together;
-  Bringer<O, weights, 1, Looked> bringer(work, table, ring, RingSize::of(p.blocks, O::step_scales, weights), full, empty);
+  Bringer<O, weights, 1, Looked> bringer(work, table, ring, RingSize::of(p.blocks, O::step_scales, weights, turned_of<Finish>), full, empty);
   let_successor_start();
   init_barriers<O>(full, empty, most_stages, p.together);
-  if (threadIdx.x == 32) table.begin(work, weights, O::step_scales, bringer.size);
+  if (threadIdx.x == 32) table.begin(work, weights, turned_of<Finish>, O::step_scales, bringer.size);
   if (clustered) arrive_with_barriers();
   __syncthreads();
   prefetch_maps(p, threadIdx.x - 32);

@@ -62,7 +62,7 @@ struct Table {
     __device__ __forceinline__ int32_t segment_of(int32_t segments, int32_t row) const { return last_until(before, segments, row); }
   } of[Many];
   int32_t problems, steps, most; // problems, steps of the longest, 64s of rows of a tile at most
-  uint32_t weights;              // of a tile
+  uint32_t weights, turned;      // weights of a tile; bytes that the ring leaves for sums
   bool step_scales, dealt;
   int32_t blocks;                // 64s of rows that tiles are cut to
   Share share;
@@ -72,9 +72,9 @@ struct Table {
   __device__ __forceinline__ const Of &at(int32_t problem) const { return of[Many == 1 ? 0 : problem]; }
   /// What is known beforehand. One thread.
   template <int Own>
-  __device__ __forceinline__ void begin(const Work<Own> &work, uint32_t of_tile, bool scales_of_steps, const RingSize &size = {}) {
+  __device__ __forceinline__ void begin(const Work<Own> &work, uint32_t of_tile, uint32_t bytes_of_sums, bool scales_of_steps, const RingSize &size = {}) {
     const Problem &p = work.of[0];
-    problems = Own, steps = 0, most = p.blocks, weights = of_tile, step_scales = scales_of_steps, dealt = p.dealt, ring = size;
+    problems = Own, steps = 0, most = p.blocks, weights = of_tile, turned = bytes_of_sums, step_scales = scales_of_steps, dealt = p.dealt, ring = size;
 #pragma unroll
     for (int q = 0; q < Own; ++q) {
       const Problem &own = work.of[q];
@@ -257,7 +257,7 @@ __device__ __forceinline__ void deal(Table &table) {
 #pragma unroll
     for (int q = 0; q < Table::many; ++q)
       if (q < many) table.of[q].rows = rows_of[q];
-    table.blocks = best_cut, table.share = share, table.ring = RingSize::of(best.largest, table.step_scales, table.weights);
+    table.blocks = best_cut, table.share = share, table.ring = RingSize::of(best.largest, table.step_scales, table.weights, table.turned);
   }
   __syncwarp();
 }

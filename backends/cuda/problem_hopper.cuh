@@ -12,15 +12,20 @@ constexpr int32_t most_blocks = 4; // 64s of rows of a tile
 constexpr uint32_t beside_ring = 8 << 10; // bytes of shared memory for barriers and tables
 constexpr uint32_t ring_bytes = (227 << 10) - beside_ring; // with what aligns it
 
-/// The ring for tiles of so many 64s of rows and so many weights: at least four stages, since the warps that bring scales take turns with two steps each.
+/// Sums that a warp turns into results at a time, where they lie in shared memory: lines of columns, as far apart as keeps banks apart.
+constexpr int turned_rows = 8, turned_columns = 64, turned_pitch = turned_columns + 8;
+constexpr uint32_t turned_bytes = 8 * turned_rows * turned_pitch * 4; // of eight warps
+
+/// The ring for tiles of so many 64s of rows and so many weights, in what `turned` bytes of sums leave: at least four stages, since the warps that bring
+/// scales take turns with two steps each.
 struct RingSize {
   uint32_t stages, stage_bytes, scales; // scales of a stage and a weight
-  static __host__ __device__ constexpr RingSize of(int32_t blocks, bool step_scales, int weights) {
-    const uint32_t bytes = weights * tile_bytes + blocks * block_bytes, scales = step_scales ? blocks * block_rows : 0, fit = (ring_bytes - 1024) / (bytes + 4 * weights * scales);
+  static __host__ __device__ constexpr RingSize of(int32_t blocks, bool step_scales, int weights, uint32_t turned) {
+    const uint32_t bytes = weights * tile_bytes + blocks * block_bytes, scales = step_scales ? blocks * block_rows : 0, fit = (ring_bytes - 1024 - turned) / (bytes + 4 * weights * scales);
     return {fit < most_stages ? fit : most_stages, bytes, scales};
   }
 };
-static_assert(RingSize::of(most_blocks, true, 1).stages >= 4 && RingSize::of(most_blocks / 2, true, 2).stages >= 4);
+static_assert(RingSize::of(most_blocks, true, 1, turned_bytes).stages >= 4 && RingSize::of(most_blocks / 2, true, 2, 0).stages >= 4);
 
 /// Sizes of boxes of rows, in which they are brought.
 constexpr int row_sizes = 7;
