@@ -30,7 +30,7 @@ const mostStages = 3;
 const mostProblems = 2;
 const mostMatrices = 48;
 /** Bytes that may stay between stages. */
-const mostScratch = 2 ** 31;
+const mostScratch = 2 ** 32;
 
 /** A stage's contractions, of the same unit, each with rows of its own. */
 interface Stage {
@@ -70,7 +70,12 @@ const withoutWaiting = (stages: readonly Stage[]): readonly Stage[] => {
   const { first = 0, count } = sum.attrs as { readonly first?: number; readonly count?: number };
   if (`${ids.name} ${first} ${count}` !== choiceOf(experts, operand("ids"), matrices)) return stages;
   const inputs = [...new Map([...before.body.inputs, ...last.body.inputs].map((v) => [v.name, v])).values()];
-  const body: Graph = { ...before.body, inputs, ops: [...before.body.ops, ...last.body.ops], outputs: [...before.body.outputs, ...last.body.outputs] };
+  const body: Graph = {
+    ...before.body,
+    inputs,
+    ops: [...before.body.ops, ...last.body.ops],
+    outputs: [...before.body.outputs, ...last.body.outputs],
+  };
   const waits = { ...part, inputs };
   return [...stages.slice(0, -2), { body, parts: [{ ...experts, inputs }, waits], waits }];
 };

@@ -67,27 +67,20 @@ __device__ __forceinline__ void wait_for_blocks(const uint32_t *arrived) {
   fence_async_global();
 }
 
-/// Results of rows whose sums have waited for what experts gave, who have all of it now: those of the packed rows of problem `p`, which `groups` are of.
+/// Waits for all blocks, and makes results of rows whose sums have waited for what experts gave: those of the packed rows of problem `p`, which `groups` are
+/// of. By the warpgroups that multiply. A lane looks up one of the block's rows, before it has to wait.
 template <class Finish>
-__device__ __forceinline__ void complete(const Finish &finish, const Problem &p, const Group *groups) {
-  constexpr int together = 8, warps_of_block = 8;
-  constexpr uint32_t chunks = ceil_div(Finish::columns, tile_columns);
-  const uint32_t warps = warps_of_block * gridDim.x;
-  uint32_t next = warps_of_block * blockIdx.x + threadIdx.x / 32 - (contract_threads / 32 - warps_of_block);
+__device__ __forceinline__ void complete(const Finish &finish, const Problem &p, const Group *groups, const uint32_t *arrived) {
+  int32_t all = 0;
+  for (int32_t matrix = 0; matrix < p.groups; ++matrix) all += groups[matrix].count;
 #pragma unroll 1
-  for (int32_t matrix = 0; matrix < p.groups; ++matrix) {
-    const Group group = groups[matrix];
-    const uint32_t units = ceil_div(group.count, together) * chunks;
+  for (int32_t first = blockIdx.x; first < all || first == static_cast<int32_t>(blockIdx.x); first += 32 * gridDim.x) {
+    int32_t number = first + threadIdx.x % 32 * gridDim.x, matrix = 0;
+    while (matrix < p.groups && number >= groups[matrix].count) number -= groups[matrix++].count;
+    const auto own = finish.waiting_of(matrix < p.groups ? p.packed.targets[groups[matrix].base + number] : -1);
+    if (first == static_cast<int32_t>(blockIdx.x)) wait_for_blocks(arrived);
 #pragma unroll 1
-    for (; next < units; next += warps) {
-      const int32_t first = static_cast<int32_t>(next / chunks) * together;
-      const int64_t column = next % chunks * tile_columns + threadIdx.x % 32 * 4;
-      int32_t pairs[together];
-#pragma unroll
-      for (int i = 0; i < together; ++i) pairs[i] = first + i < group.count ? p.packed.targets[group.base + first + i] : -1;
-      if (column < Finish::columns) finish.complete(pairs, column);
-    }
-    next -= units;
+    for (uint32_t some = __ballot_sync(0xFFFFFFFFu, own.owned != 0); some != 0; some &= some - 1) finish.template complete<256>(from_lane(own, __ffs(some) - 1), threadIdx.x - 128);
   }
 }
 
@@ -166,8 +159,7 @@ __global__ void __launch_bounds__(contract_threads, 1) chain_kernel(const __grid
         if (threadIdx.x == 128) add_at(arrived + i, 1);
       }
       if constexpr (Own::Finish::waits) {
-        wait_for_blocks(arrived + i);
-        complete(stage.finish, stage.work.of[0], tables[i].of[0].groups);
+        complete(stage.finish, stage.work.of[0], tables[i].of[0].groups, arrived + i);
       }
     });
   }

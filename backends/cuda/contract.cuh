@@ -135,6 +135,13 @@ struct ChosenPairs {
       weights[j] = own ? weight : 0;
     }
   }
+  __device__ __forceinline__ float weight(int pair) const {
+    float found = 0;
+#pragma unroll
+    for (int j = 0; j < Choices; ++j)
+      if (j == pair) found = weights[j];
+    return found;
+  }
 };
 /// Whether a token has pairs with experts first .. end - 1.
 template <int Choices>
@@ -194,10 +201,7 @@ __device__ __forceinline__ void add_pairs(const float *y, int64_t columns, const
     for (int i = 0; i < Rows; ++i) {
       const int j = __ffs(left[i]) - 1; // the next one; -1 of none
       const float *const pair = y + (int64_t{chosen(i).row} * Choices + j) * columns + from[i];
-      weight[i] = 0;
-#pragma unroll
-      for (int c = 0; c < Choices; ++c)
-        if (c == j) weight[i] = chosen(i).weights[c];
+      weight[i] = chosen(i).weight(j);
 #pragma unroll
       for (int u = 0; u < Fours; ++u) {
         got[u][i] = {};

@@ -105,7 +105,7 @@ struct Lengths {
   __device__ __forceinline__ uint32_t step(int32_t blocks, Common common) const {
     return max((step_moves(weights, blocks) * 9 >> 6) + 1, common == Common::rows ? 8 * weights + 2 * blocks + 2 : 4 * weights + 4 * blocks + 2);
   }
-  __device__ __forceinline__ uint32_t end(int32_t blocks) const { return weights == 1 ? 20 * blocks + 16 : 48 * blocks + 48; }
+  __device__ __forceinline__ uint32_t end(int32_t blocks) const { return weights == 1 ? 32 * blocks + 24 : 48 * blocks + 48; }
 };
 
 /// How rows of one matrix are cut into tiles, and what couples share of them, so that they take the least time.

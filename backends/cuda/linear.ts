@@ -153,6 +153,7 @@ export const finishOf = (
     quantisedColumns,
     kept: kept(parts[i] as Contraction),
     waits: waits !== undefined && parts[i] === waits,
+    alone: parts.length === 1,
     alike,
     ...(epilogues[i] as Epilogue),
   }));
@@ -165,7 +166,9 @@ export const finishOf = (
     valued: alike ? weights.slice(0, 1) : weights,
     combines: epilogues.flatMap((e) => e.combines),
     waits: weights.filter((w) => w.waits).map((w) => ({ ...(w.combines[0] as KernelContext), number: w.number }))[0] ?? false,
-    reads: epilogues.some((e, i) => e.reads.length > 0 || (e.combines.length > 0 && parts[i] !== waits)),
+    turned:
+      parts.every((part) => part.partner === undefined && part.quantised === undefined) &&
+      epilogues.every((e, i) => e.reads.length === 0 && (e.combines.length === 0 || parts[i] === waits)),
     pairs: parts[0]?.partner !== undefined,
     quantises: parts[0]?.quantised !== undefined,
     keeps: parts.some(kept),

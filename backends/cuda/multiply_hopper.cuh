@@ -84,12 +84,10 @@ constexpr uint32_t nowhere = UINT32_MAX;
 template <class Finish>
 constexpr int32_t most_of = Finish::pairs ? most_blocks / 2 : most_blocks;
 
-/// Whether sums are turned in shared memory, so that a warp has whole lines of a row: where nothing is read beside them, which would have to wait for
-/// each turn, and no weight's sums meet another's. Else the lanes that have a row exchange what they have.
+/// Sums are turned in shared memory, so that a warp has whole lines of a row, where nothing is read beside them, which would have to wait for each turn,
+/// and no weight's sums meet another's. Else the lanes that have a row exchange what they have.
 template <class Finish>
-constexpr bool turns = !Finish::quantises && !Finish::pairs && !Finish::reads;
-template <class Finish>
-constexpr uint32_t turned_of = turns<Finish> ? turned_bytes : 0;
+constexpr uint32_t turned_of = Finish::turned ? turned_bytes : 0;
 
 /// What a thread of the multiplying warpgroups knows.
 template <class O, class Finish, int Many, class Table>
@@ -467,7 +465,7 @@ struct Multiplier {
     Row own_rows[(row_sets<Blocks> + 1) / 2];
 #pragma unroll
     for (int n = 0; n < (row_sets<Blocks> + 1) / 2; ++n) own_rows[n] = row_of(columns, own[n]);
-    if constexpr (turns<Finish>) {
+    if constexpr (Finish::turned) {
       turn<Blocks, Full>(sums, item, columns, own, own_rows);
     } else if constexpr (Finish::quantises) {
 #pragma unroll 1
@@ -506,45 +504,51 @@ struct Multiplier {
   /// Eight rows and 64 columns of a warp at a time: put down in shared memory as lanes have them, and taken up as lines.
   template <int Blocks, bool Full>
   __device__ __forceinline__ void turn(const Sum (&sums)[sets<Blocks>][width<Blocks> / 2], const Item &item, const Columns &columns, const Targets<Blocks> &own, const Row (&own_rows)[(row_sets<Blocks> + 1) / 2]) const {
-    constexpr int across = width<Blocks> / turned_columns, of_set = 2 * across, together = 4; // rows that a lane has a four of
+    constexpr int together = turned_rows / 2; // rows that a lane has a four of
     const int lane = thread % 32, warp = thread / 32;
     Sum *const turned = reinterpret_cast<Sum *>(ring + ring_bytes - 1024 - turned_bytes) + (half * 4 + warp) * turned_rows * turned_pitch;
     Sum *const put = turned + lane / 4 * turned_pitch + lane % 4 * 2;
     const Sum *const taken = turned + lane / 16 * turned_pitch + lane % 16 * 4;
 #pragma unroll 1
-    for (int part = 0; part < row_sets<Blocks> * of_set; ++part) {
-      const int r = part / of_set, i = part / across % 2, first = part % across * turned_columns;
-      const int32_t line = item.row + block_of<Blocks>(r) * block_rows + warp * 16 + 8 * i;
-      if (line >= item.end) continue;
-#pragma unroll
-      for (int n = 0; n < row_sets<Blocks> * of_set; ++n) { // sums are in registers, whose numbers are known when this is compiled
-        if (n != part) continue;
-#pragma unroll
-        for (int j = 0; j < turned_columns / 8; ++j) {
-          const Sum *const two = sums[n / of_set] + 4 * (n % across * (turned_columns / 8) + j) + 2 * (n / across % 2);
-          struct alignas(8) Two { Sum at[2]; };
-          *reinterpret_cast<Two *>(put + 8 * j) = {two[0], two[1]};
-        }
-      }
-      __syncwarp();
-      const int32_t column = first_column<Blocks>() + first + lane % 16 * 4;
-      const int count = count_of<Full>(columns, column);
+    for (int n = 0; n < 2 * row_sets<Blocks>; ++n) {
+      const int r = n / 2, upper = n % 2;
+      const int32_t line = item.row + block_of<Blocks>(r) * block_rows + warp * 16 + 8 * upper + lane / 16;
+      if (line - lane / 16 >= item.end) break;
       constexpr bool several = row_sets<Blocks> > 2;
-      const int32_t target = several && r >= 2 ? own[several] : own[0];
-      const Row &row = several && r >= 2 ? own_rows[several] : own_rows[0];
+      const int32_t own_target = several && r >= 2 ? own[several] : own[0];
+      const Row &own_row = several && r >= 2 ? own_rows[several] : own_rows[0];
+      int32_t targets[together];
+      Row rows[together];
 #pragma unroll
       for (int k = 0; k < together; ++k) {
-        const int from = r % 2 * 16 + 8 * i + 2 * k + lane / 16;
-        const int32_t to = __shfl_sync(0xFFFFFFFFu, target, from);
-        const Row of_row = from_lane(row, from);
-        Fours four;
-        four.of[0] = *reinterpret_cast<const Four<Sum> *>(taken + 2 * k * turned_pitch);
-        if (to < 0 || count <= 0) continue;
-        Scaled scaled;
-        scale(item, columns, line + 2 * k + lane / 16, to, column, count, four, scaled);
-        finish(columns.which, of_row, int64_t{columns.first + column}, scaled, Beside{}, count);
+        const int from = r % 2 * 16 + 8 * upper + 2 * k + lane / 16;
+        targets[k] = __shfl_sync(0xFFFFFFFFu, own_target, from), rows[k] = from_lane(own_row, from);
       }
-      __syncwarp(); // before others take their place
+#pragma unroll
+      for (int first = 0; first < width<Blocks>; first += turned_columns) {
+        struct alignas(8) Two { Sum at[2]; };
+#pragma unroll
+        for (int m = 0; m < 2 * row_sets<Blocks>; ++m) { // sums are in registers, which are known when this is compiled
+          if (m != n) continue;
+#pragma unroll
+          for (int j = 0; j < turned_columns / 8; ++j) {
+            const Sum *const two = sums[m / 2] + (first + 8 * j) / 2 + 2 * (m % 2);
+            *reinterpret_cast<Two *>(put + 8 * j) = {two[0], two[1]};
+          }
+        }
+        __syncwarp();
+        Fours fours[together];
+#pragma unroll
+        for (int k = 0; k < together; ++k) fours[k].of[0] = *reinterpret_cast<const Four<Sum> *>(taken + 2 * k * turned_pitch);
+        __syncwarp(); // before others take their place
+        const int32_t column = first_column<Blocks>() + first + lane % 16 * 4;
+        const int count = count_of<Full>(columns, column);
+        Scaled scaled[together];
+#pragma unroll
+        for (int k = 0; k < together; ++k)
+          if (!O::row_scales || (targets[k] >= 0 && count > 0)) scale(item, columns, line + 2 * k, targets[k], column, count, fours[k], scaled[k]);
+        finish.write(columns.which, rows, targets, int64_t{columns.first + column}, scaled, count);
+      }
     }
   }
   /// The first set of rows, of which a warp, or two where warpgroups have half of the columns each, has all columns of the block; the next one comes
