@@ -16,7 +16,7 @@ namespace s3::hopper {
 
 constexpr uint32_t most_cluster = 8; // blocks: the most that every GPU with clusters has
 
-constexpr int contract_threads = 384, bringing_registers = 72, multiplying_registers = 216;
+constexpr int contract_threads = 384, bringing_registers = 56, multiplying_registers = 224;
 
 /// The ring in dynamic shared memory.
 __device__ __forceinline__ uint8_t *ring_in(uint8_t *memory) { return memory + (1024 - shared_address(memory) % 1024) % 1024; }

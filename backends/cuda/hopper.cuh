@@ -169,6 +169,8 @@ __device__ __forceinline__ void pin(float &x) { asm volatile("" : "+f"(x)::"memo
 
 /// A value that all lanes of the warp have, which the compiler then knows.
 __device__ __forceinline__ uint32_t uniform(uint32_t value) { return __shfl_sync(0xFFFFFFFFu, value, 0); }
+/// The same, in a register of the warp, of which descriptors are made: the instruction gives it there.
+__device__ __forceinline__ uint32_t of_warp(uint32_t value) { return __reduce_or_sync(0xFFFFFFFFu, value); }
 
 /// A value of another lane.
 template <class T>

@@ -110,7 +110,7 @@ struct Multiplier {
         scales(reinterpret_cast<const float *>(ring_ + of.stages * of.stage_bytes)), full(full_), empty(empty_), maxima(maxima_) {
     uint32_t own = threadIdx.x;
     pin(own); // what follows from it is not kept in registers from one stage of a launch to the next
-    thread = own % 128, half = static_cast<int>(uniform(own / 128)) - 1;
+    thread = own % 128, half = static_cast<int>(of_warp(own / 128)) - 1;
     const uint32_t rank = block_of_cluster(), together = work.of[0].together, lane = own % 32;
     frees = lane < together ? rank - rank % together + lane : nowhere;
   }
@@ -219,11 +219,11 @@ struct Multiplier {
       full[stage].wait(phase);
       for (uint32_t step = 1; step <= steps; ++step) {
         const float *const scale = own + stage * weights * size.scales;
-        const uint32_t before = stage;
+        const uint32_t before = stage, start = of_warp(word);
 #pragma unroll
         for (int s = 0; s < sets<Blocks>; ++s) {
           product_fence();
-          enqueue<Blocks>(products, word, s, false);
+          enqueue<Blocks>(products, start, s, false);
           product_commit();
           const float *const of_set = scale + s % weights * size.scales + s / weights * block_rows;
           const float upper = of_set[0], lower = of_set[8];
