@@ -47,9 +47,8 @@ const partsOf = (op: Op, body: Graph): readonly Contraction[] | undefined => {
 
 const isGrouped = ({ contraction }: Contraction): boolean => contraction.kind.includes("grouped");
 
-/** Experts of a contraction, as a `combine` of their results names them: who is chosen, the first of them, and how many. */
-const choiceOf = ({ contraction }: Contraction, ids: Value, matrices: number): string =>
-  `${ids.name} ${(contraction.attrs.first as number | undefined) ?? 0} ${matrices}`;
+/** Experts that a contraction has weights of, or that a `combine` adds up: who is chosen, the first of them, and how many. */
+const choiceOf = (op: Op, ids: Value, count: unknown): string => `${ids.name} ${op.attrs.first ?? 0} ${count}`;
 
 /**
  * The stages, with the last one beside the experts before it where all that it needs of them is the sum over what they give. Most rows have none of a
@@ -66,9 +65,8 @@ const withoutWaiting = (stages: readonly Stage[]): readonly Stage[] => {
   const { operand, matrices } = operandsOf(experts);
   const made = new Set(before.body.outputs.map((v) => v.name));
   const read = [part.contraction, ...part.rest, ...part.combines].flatMap((o) => o.inputs).filter((v) => made.has(v.name));
-  if (read.length === 0 || read.some((v) => v.name !== y.name)) return stages;
-  const { first = 0, count } = sum.attrs as { readonly first?: number; readonly count?: number };
-  if (`${ids.name} ${first} ${count}` !== choiceOf(experts, operand("ids"), matrices)) return stages;
+  if (read.some((v) => v.name !== y.name)) return stages;
+  if (choiceOf(sum, ids, sum.attrs.count) !== choiceOf(experts.contraction, operand("ids"), matrices)) return stages;
   const inputs = [...new Map([...before.body.inputs, ...last.body.inputs].map((v) => [v.name, v])).values()];
   const body: Graph = {
     ...before.body,
@@ -207,7 +205,7 @@ class Chain {
     if (part.contraction.attrs.owned !== true) return "a chain with experts that are not there";
     if (matrices > mostMatrices) return `${matrices} experts in a chain, more than ${mostMatrices}`;
     if (this.inputIndex(operand("ids")) < 0) return "a chain that chooses experts";
-    const choice = choiceOf(part, operand("ids"), matrices);
+    const choice = choiceOf(part.contraction, operand("ids"), matrices);
     if (kept !== undefined)
       return kept.choice === choice && !rowPerToken
         ? { packs: false, packed: kept.packed, choice }

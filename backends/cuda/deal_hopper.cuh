@@ -96,7 +96,7 @@ __host__ __device__ constexpr uint32_t step_moves(uint32_t weights, uint32_t blo
   return 16 * weights + 8 * blocks + weights * blocks * (blocks % 2 == 0 ? 24 : 32);
 }
 
-/// Lengths of items in units of 64 cycles, as measured on an H100: steps, which take what shared memory needs, at 128 bytes a cycle and an eighth more,
+/// Lengths of items in units of 64 cycles, as measured on an H100 and an H200: steps, which take what shared memory needs, at 128 bytes a cycle and an eighth more,
 /// or what the L2 cache needs to bring what is not shared; and what ends an item. `weights`: of a tile.
 struct Lengths {
   static constexpr int32_t least_cut = 16, least_steps = 4; // steps of items that may be cut, and of their pieces
